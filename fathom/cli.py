@@ -27,6 +27,17 @@ class _Parser(argparse.ArgumentParser):
         """All that this command takes with a dash in front."""
         return [flag for action in self._actions for flag in action.option_strings]
 
+    @property
+    def commands(self) -> "dict[str, _Parser]":
+        """The commands of this command."""
+        return next((dict(a.choices) for a in self._actions if isinstance(a, argparse._SubParsersAction)), {})
+
+    def format_help(self) -> str:
+        """As argparse does; of a recipe's fields it says where to find them."""
+        if self.get_default("takes_overrides"):
+            self.epilog = _sections()
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see '{self.prog} --help'")
 
@@ -88,8 +99,7 @@ def _show_note(message: Warning | str, category: type[Warning], *_: Any, **__: A
 
 def _run(words: list[str]) -> int:
     parser, verbs = _build_parser()
-    if words and not words[0].startswith("-") and words[0] not in verbs:
-        raise UserError(f"unknown command '{words[0]}'{nearest(words[0], verbs)}; commands: {', '.join(verbs)}")
+    _refuse_unknown_command(words, parser)
     overrides: list[str] = []
     if words and words[0] in verbs and verbs[words[0]].get_default("takes_overrides"):
         overrides, words = _take_overrides(words, verbs[words[0]].flags)
@@ -99,6 +109,17 @@ def _run(words: list[str]) -> int:
         raise UserError(f"unexpected '{rest[0]}'{nearest(rest[0], verb.flags)}; see '{verb.prog} --help'")
     options.overrides = overrides
     return options.run(options) or 0
+
+
+def _refuse_unknown_command(words: list[str], parser: _Parser) -> None:
+    """Follow the commands that `words` begin with; raise `UserError` for one that there is not."""
+    for word in words:
+        if word.startswith("-") or not (known := parser.commands):
+            return
+        if word not in known:
+            listed = ", ".join(known)
+            raise UserError(f"unknown command '{word}'{nearest(word, known)}; commands of {parser.prog}: {listed}")
+        parser = known[word]
 
 
 def _take_overrides(words: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
@@ -148,7 +169,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
     run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
     run.add_argument("--accept-changes", action="store_true", help="resume although the recipe computes something else")
-    run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    run.add_argument("--dry-run", action="store_true", help="print every field and what the run will take, and stop")
 
     data = verb("data", lambda _: data.print_help(), "build and check token shards")
     data_verbs = data.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
@@ -166,7 +187,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run = verb("load", _load, "open a model and say what it is")
     _add_model(run)
 
-    run = verb("generate", _generate, "continue a prompt")
+    run = verb("generate", _generate, "continue a prompt: prints what the model adds, without the prompt")
     _add_model(run)
     run.add_argument("prompt", help="text to continue; '-' reads standard input")
     run.add_argument("--max-tokens", type=_positive, default=128, help="longest continuation (128)")
@@ -175,14 +196,39 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--seed", type=int, help="same seed, same text")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
+    run = verb("chat", _chat, "talk to a model in the terminal")
+    _add_model(run)
+    run.add_argument("--system", default="", help="what to tell the model before everything else")
+    run.add_argument("--temperature", type=float, default=0.6, help="0 takes the most likely token (0.6)")
+    run.add_argument("--max-tokens", type=_positive, help="longest answer, thoughts included (what the context leaves)")
+
+    run = verb("serve", _serve, "answer over HTTP: OpenAI's API and a chat page")
+    _add_model(run)
+    _add_service(run)
+
     run = verb("export", _export, "write a model as a folder for other programs")
     _add_model(run, default_dtype="the dtype they are stored in")
     run.add_argument("out", type=Path, help="folder to write")
     run.add_argument("--without-mtp", action="store_true", help="leave the multi-token-prediction modules out")
+    for added in verbs.choices.values():
+        if added.get_default("takes_overrides"):
+            added.usage = f"{added.format_usage().removeprefix('usage: ').strip()} [--section.field value ...]"
     return parser, verbs.choices
 
 
 _OVERRIDES = ". Every field of the recipe can be changed: --section.field value; 'none' unsets an optional one."
+
+
+def _sections() -> str:
+    """Where the fields of a recipe are listed, for the end of a command's help."""
+    from fathom.config import PRESETS, PretrainRecipe, Section
+
+    fields = PretrainRecipe.model_fields.items()
+    sections = [name for name, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)]
+    return (
+        "'fathom pretrain RECIPE --dry-run' lists every field with its value and a sentence about it. Sections: "
+        f"{', '.join(sections)}; and --name, --seed. Presets for --model.preset: {', '.join(PRESETS)}."
+    )
 
 
 def _positive(text: str) -> int:
@@ -194,6 +240,40 @@ def _positive(text: str) -> int:
 def _add_model(parser: argparse.ArgumentParser, *, default_dtype: str = "the machine's best") -> None:
     parser.add_argument("model", help="a model folder, a run, a .gguf file, or a hub name")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"dtype of the weights ({default_dtype})")
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; the default is reachable from this machine alone")
+    add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
+    add("--api-key", action="append", default=[], help="a key that clients must send; can be repeated; 'ps' shows it")
+    add("--api-key-file", type=Path, help="file with such keys, one a line; FATHOM_API_KEYS holds more")
+    add("--served-model-name", action="append", help="name for requests to give, can be repeated (the model's own)")
+    add("--max-context", type=_positive, help="longest prompt and answer together, in tokens (the model's)")
+    add("--cache-memory", type=_gigabytes, help="gigabytes for the KV cache (1.07)")
+    add("--max-running", type=_positive, help="requests computed at once (256)")
+    add("--queue", type=_positive, help="requests that may wait; more get a 503 (1024)")
+    add("--weights", choices=["int8"], help="round weights for speed; the text changes slightly (as loaded)")
+    add("--rate", type=_positive, help="requests a minute for each key; more get a 429 (no bound)")
+    add("--concurrency", type=_positive, help="requests at once for each key; more get a 429 (no bound)")
+    add("--max-body", type=_positive, default=8, help="megabytes of the longest request (8)")
+    add("--drain", type=_positive, default=30, help="seconds that running answers may take after SIGTERM (30)")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of gigabytes above 0")
+    return value
 
 
 def _version() -> str:
@@ -260,7 +340,7 @@ def _load(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from fathom.engine.generate import generate
-    from fathom.engine.sampling import Sampling
+    from fathom.engine.protocol import Sampling
 
     sampling = Sampling.parse(
         {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}, where="generate"
@@ -277,6 +357,65 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(options: argparse.Namespace) -> int:
+    from fathom.engine.engine import Engine, EngineSettings
+    from fathom.serve.terminal import ChatSettings, chat
+
+    values = {name: getattr(options, name) for name in ("system", "temperature", "max_tokens")}
+    settings = ChatSettings.parse(values, where="chat")
+    model, tokenizer = _open(options)
+    if tokenizer is None:
+        raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
+    engine = Engine(model, tokenizer, EngineSettings())
+    try:
+        return chat(engine, tokenizer, settings)
+    finally:
+        engine.close()
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from fathom.serve.app import create_app
+        from fathom.serve.server import announcement, listen, read_keys, run
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs the package {error.name}: pip install 'fathom-lm[serve]'") from None
+    from fathom.engine.engine import Engine, EngineSettings
+    from fathom.serve.settings import ServiceSettings
+
+    settings = ServiceSettings(
+        names=tuple(options.served_model_name or [_served_name(options.model)]),
+        api_keys=read_keys(options.api_key, options.api_key_file),
+        requests_per_minute=options.rate,
+        concurrent_requests=options.concurrency,
+        max_body_bytes=options.max_body * 10**6,
+        drain_seconds=options.drain,
+    )
+    sizes = {
+        "context": options.max_context,
+        "cache_memory": None if options.cache_memory is None else int(options.cache_memory * 1e9),
+        "max_running": options.max_running,
+        "queue": options.queue,
+        "weights": options.weights,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    with listen(options.host, options.port) as listener:
+        model, tokenizer = _open(options)
+        if tokenizer is None:
+            raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
+        engine = Engine(model, tokenizer, EngineSettings.parse(given, where="serve"))
+        app = create_app(engine, tokenizer, settings)
+        for line in announcement(listener, with_keys=bool(settings.api_keys)):
+            print(f"fathom: {line}", file=sys.stderr)
+        run(app, listener)
+    return 0
+
+
+def _served_name(model: str) -> str:
+    """What requests call a model by: the folder's or file's name, or all of a hub name."""
+    path = Path(model)
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
+
+
 def _prompt(word: str) -> str:
     """The prompt on the command line, or on standard input where that is '-'."""
     try:
@@ -289,8 +428,9 @@ def _prompt(word: str) -> str:
 
 def _export(options: argparse.Namespace) -> int:
     from fathom.model.checkpoint import save_model
+    from fathom.train.run import model_folder
 
-    folder = _model_folder(options)
+    folder = model_folder(options.model)
     dtype = options.dtype or _stored_dtype(folder)
     model, tokenizer = fathom.load(folder, dtype=dtype)
     if options.without_mtp:
@@ -305,15 +445,7 @@ def _open(options: argparse.Namespace):
     from fathom.train.machine import has_bf16
 
     dtype = options.dtype or ("bfloat16" if has_bf16() else "float32")
-    return fathom.load(_model_folder(options), dtype=dtype)
-
-
-def _model_folder(options: argparse.Namespace) -> Path:
-    """Where the named model lies; a run's folder stands for its newest checkpoint."""
-    from fathom.model.checkpoint import resolve
-    from fathom.train.run import newest_model
-
-    return newest_model(Path(options.model)) or resolve(options.model)
+    return fathom.load(options.model, dtype=dtype)
 
 
 def _stored_dtype(source: Path) -> str:

@@ -7,10 +7,12 @@ from rich.console import Console
 import fathom
 from fathom.config import PretrainRecipe, read_recipe
 from fathom.engine.generate import generate
-from fathom.engine.sampling import Sampling
+from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters
+from fathom.report.command import fathom_command
 from fathom.report.tables import count, print_rows
+from fathom.train.display import share_of_peak
 from fathom.train.metrics import read_metrics
 from fathom.train.pretrain import RunResult, pretrain
 from fathom.train.run import RunFolder
@@ -30,7 +32,10 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
     _show_samples(result.checkpoint)
     print_rows("results", _results(recipe, result))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f'\nNow try:  fathom generate {folder} "def main():"   fathom load {folder}   fathom pretrain --help')
+    command = fathom_command()
+    console.print("\nNow try:")
+    for rest in (f'generate {folder} "def main():"', f"load {folder}", "pretrain --help"):
+        console.print(f"  {command} {rest}", markup=False)
     return 0
 
 
@@ -62,7 +67,8 @@ def _results(recipe: PretrainRecipe, result: RunResult) -> list[tuple[str, str]]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     first, last = steps[0], evaluations[-1]
     middle = sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2]
-    share = sorted(line["gemm_share"] for line in steps)[len(steps) // 2]
+    # Of the largest peak that was measured in the run: earlier steps were compared with earlier measurements.
+    share = middle / max(line["tokens_per_second"] / line["gemm_share"] for line in steps)
     parameters = count_parameters(recipe.model)
     seconds = sum(line["seconds"] for line in steps)
     rows = [
@@ -71,16 +77,18 @@ def _results(recipe: PretrainRecipe, result: RunResult) -> list[tuple[str, str]]
             f"DeepSeek-V3 type, {count(parameters.total)} parameters, {count(parameters.active)} active per token",
         ),
         ("trained on", f"{count(steps[-1]['tokens'])} tokens in {seconds / 60:.1f} min, {middle:,.0f} tokens/s"),
-        ("of this machine", f"{share:.0%} of its measured matrix-product peak"),
-        ("held-out loss", f"{last['loss']:.3f} nats per token (training began at {first['loss']:.3f})"),
-        ("bits per byte", f"{last['bits_per_byte']:.3f} (training began at {first['bits_per_byte']:.3f})"),
+        ("of this machine", f"{share_of_peak(share)} in matrix products, as measured"),
+        ("held-out loss", f"{last['loss']:.3f} nats per token (training loss of step 1: {first['loss']:.3f})"),
+        ("bits per byte", f"{last['bits_per_byte']:.3f} held out (training, step 1: {first['bits_per_byte']:.3f})"),
     ]
-    if "max_vio" in first:
+    if "max_vio" in last:
         worst = max(line["max_vio"] for line in steps)
-        rows.append(("expert balance", f"MaxVio {steps[-1]['max_vio']:.2f} at the end (worst {worst:.2f}; 0 is even)"))
+        batches = f"{steps[-1]['max_vio']:.2f} in the last training batch, {worst:.2f} in the worst (0 is even)"
+        rows.append(("expert balance", f"MaxVio {last['max_vio']:.2f} on held-out text, {batches}"))
     if "mtp_acceptance" in last:
         rows.append(
             ("second token", f"{last['mtp_acceptance']:.0%} of the MTP module's drafts are what the model says")
         )
+    rows.append(("samples", f"{RunFolder(result.folder).samples}, one of every evaluation"))
     rows.append(("folder", f"{result.checkpoint} (opens in transformers too)"))
     return rows

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import fathom
 from fathom.cli import main
+from fathom.data import build as build_data
 from fathom.model.checkpoint import save_model
 from tests.model.configs import V3, build
 
@@ -30,8 +32,11 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["load", "nowhere"], "nowhere"),
         (["load", "x", "--dtpe", "float32"], "unexpected '--dtpe'"),
         (["load", "x", "--dtype", "float13"], "float13"),
-        (["generate", "x", "hello", "--temperature", "-1"], "temperature must be 0 or more"),
-        (["generate", "x", "hello", "--top-p", "0"], "top_p must be above 0"),
+        (
+            ["generate", "x", "hello", "--temperature", "-1"],
+            "'temperature' = -1.0: Input should be greater than or equal to 0",
+        ),
+        (["generate", "x", "hello", "--top-p", "0"], "'top_p' = 0.0: Input should be greater than 0"),
         (["data", "build", "nowhere", "--out", "y"], "nowhere"),
         (["data", "verify", "nowhere"], "nowhere"),
         (["load", "x", "--dtpe", "float32"], "did you mean '--dtype'?"),
@@ -40,6 +45,8 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["pretrain", RECIPE, "train.steps", "3"], "unexpected 'train.steps'"),
         (["pretrain", "--train.stepz", "3", RECIPE], "did you mean 'train.steps'?"),
         (["pretrain", "."], "cannot be read as a recipe"),
+        (["pretrain", RECIPE, "--train.steps", "x"], "fathom: --train.steps: 'train.steps' = 'x'"),
+        (["data", "verfy", "x"], "unknown command 'verfy' (did you mean 'verify'?)"),
         (["quickstart", "--frsh"], "unknown flag '--frsh' (did you mean '--fresh'?)"),
         (["generate", "x", "hello", "--max-tokens", "-5"], "not a whole number of at least 1"),
         (["generate", "x", "hello", "--max-tokens", "0"], "not a whole number of at least 1"),
@@ -134,6 +141,45 @@ def test_help_needs_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "pretrain" in result.stdout
+
+
+def test_help_of_a_recipe_says_where_its_fields_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help of a command that takes a recipe's fields shows their form, the sections and the presets."""
+    for verb in ("pretrain", "quickstart"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        for words in ("[--section.field value ...]", "--dry-run' lists every field", "optimizer,", "deepseek-v3"):
+            assert words in out
+
+
+def test_folder_that_is_not_the_thing_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run in place of its recipe, token data or a run without a checkpoint in place of a model are called so."""
+    text, data, run = tmp_path / "text", tmp_path / "data", tmp_path / "run"
+    text.mkdir()
+    for number in range(3):
+        (text / f"{number}.txt").write_text(f"text number {number} " * 20)
+    build_data([text], data, vocab_size=300)
+    run.mkdir()
+    (run / "recipe.toml").write_text("")
+    for words, said in (
+        (["pretrain", str(run)], f"the recipe of this run is {run}/recipe.toml"),
+        (["generate", str(data), "hi"], "holds tokens to train on, not a model"),
+        (["export", str(data), str(tmp_path / "out")], "holds tokens to train on, not a model"),
+        (["load", str(run)], "this run has no checkpoint yet"),
+    ):
+        code, _, err = _run(capsys, *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+
+
+def test_library_loads_what_the_command_line_does(tmp_path: Path) -> None:
+    """`fathom.load` takes a run's folder for its newest checkpoint."""
+    for step in (1, 2):
+        config = V3.replace(routed_scaling_factor=float(step))
+        save_model(build(config), tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    model, tokenizer = fathom.load(tmp_path / "run", dtype="float32")
+    assert (model.config.routed_scaling_factor, tokenizer) == (2.0, None)
 
 
 def test_load_describes_and_export_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

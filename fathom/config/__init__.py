@@ -3,7 +3,7 @@
 from fathom.config.hf import from_hf, read_config, to_hf
 from fathom.config.model import ModelConfig, RopeScaling
 from fathom.config.presets import PRESETS, preset
-from fathom.config.recipe import PretrainRecipe, dump_recipe, read_recipe
+from fathom.config.recipe import PretrainRecipe, dump_recipe, explain_recipe, read_recipe
 from fathom.config.section import Section
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RopeScaling",
     "Section",
     "dump_recipe",
+    "explain_recipe",
     "from_hf",
     "preset",
     "read_config",

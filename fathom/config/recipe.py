@@ -26,7 +26,8 @@ class DataSection(Section):
     """What the model reads."""
 
     path: str = "runs/data/stdlib"
-    """Folder of token shards (`fathom data build`). Built from `sources` when it does not exist."""
+    """Folder of token shards (`fathom data build`). One that does not exist is built from `sources`, unless only the
+    folder was named: that is taken for a typo."""
     sources: tuple[str, ...] = ("stdlib",)
     """Folders, files or hub names to build `path` from; `stdlib` is the running Python's own library."""
     vocab_size: int = Field(default=4096, ge=300)
@@ -198,7 +199,11 @@ class PretrainRecipe(Section):
         model = values.get("model") if isinstance(values, dict) else None
         if isinstance(model, dict) and "preset" in model:
             changes = {k: v for k, v in model.items() if k != "preset"}
-            return {**values, "model": preset(model["preset"]).model_dump() | changes}
+            try:
+                chosen = preset(model["preset"])
+            except UserError as error:
+                raise ValueError(str(error)) from None  # pydantic then says where, as of every other mistake
+            return {**values, "model": chosen.model_dump() | changes}
         return values
 
     @model_validator(mode="after")
@@ -227,17 +232,46 @@ def read_recipe(path: Path, overrides: list[str]) -> PretrainRecipe:
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as a recipe ({error.strerror})") from None
+        inside = path / "recipe.toml"
+        hint = f"; the recipe of this run is {inside}" if inside.exists() else ""
+        raise UserError(f"{path}: cannot be read as a recipe ({error.strerror}){hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    for key, text in _pairs(overrides):
+    flags = {key.replace("-", "_"): text for key, text in _pairs(overrides)}
+    for key, text in flags.items():
         _set(values, key, text)
-    return PretrainRecipe.parse(_unset(values, PretrainRecipe), where=str(path))
+    return PretrainRecipe.parse(_unset(values, PretrainRecipe), where=str(path), flags=flags)
 
 
 def dump_recipe(recipe: PretrainRecipe) -> str:
     """The recipe as TOML, every field written out."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def explain_recipe(recipe: PretrainRecipe) -> str:
+    """The recipe as TOML with the sentence of every field behind it; optional fields that are unset are `"none"`."""
+    return "\n".join(_explain_section(recipe, "")) + "\n"
+
+
+def _explain_section(section: Section, path: str) -> list[str]:
+    fields = {name: getattr(section, name) for name in type(section).model_fields}
+    # In TOML a section's own fields must come before the sections inside it.
+    lines = [f"[{path}]"] if path else []
+    for name, value in fields.items():
+        if not isinstance(value, Section):
+            sentence = " ".join((type(section).model_fields[name].description or "").split())
+            lines.append(f"{f'{name} = {_toml(value)}':<32}  # {sentence}")
+    for name, value in fields.items():
+        if isinstance(value, Section):
+            lines += ["", *_explain_section(value, f"{path}.{name}" if path else name)]
+    return lines
+
+
+def _toml(value: Any) -> str:
+    """One value on one line."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"value": "none" if value is None else value}).removeprefix("value = ").rstrip("\n")
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ every error is one line that says where: a typo in a recipe must never be read a
 import reprlib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -43,12 +43,19 @@ class Section(BaseModel):
         }
 
     @classmethod
-    def parse(cls, values: dict[str, Any], *, where: str) -> Self:
-        """Validate `values`; a mistake raises `UserError` that starts with `where` (a file, a flag)."""
+    def parse(cls, values: dict[str, Any], *, where: str, flags: Collection[str] = ()) -> Self:
+        """Validate `values`; a mistake raises `UserError` that starts with `where` (a file, a flag).
+
+        `flags` are the dotted paths whose values came from the command line: what is wrong with one of those starts
+        with its flag instead, and a rule between fields that a flag may have broken with both.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{where}: {'; '.join(_explain(cls, e) for e in error.errors()[:3])}") from None
+            said: dict[str, list[str]] = {}
+            for mistake in error.errors()[:3]:
+                said.setdefault(_origin(mistake, where, flags), []).append(_explain(cls, mistake))
+            raise UserError("; ".join(f"{place}: {'; '.join(lines)}" for place, lines in said.items())) from None
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
@@ -96,6 +103,18 @@ def field_paths(cls: type[BaseModel], prefix: str = "") -> dict[str, str]:
 def _is_tuple(annotation: Any) -> bool:
     """Whether a field of this type is a tuple, or one or None."""
     return any(typing.get_origin(kind) is tuple for kind in (annotation, *typing.get_args(annotation)))
+
+
+def _origin(error: ErrorDetails, where: str, flags: Collection[str]) -> str:
+    """What the mistake is to be looked for in: the flag that gave the value, else `where`."""
+    place = f"{'.'.join(str(part) for part in error['loc'])}."
+    given = [f"--{flag}" for flag in flags if place.startswith(f"{flag}.")]
+    inside = [f"--{flag}" for flag in flags if place == "." or flag.startswith(place)]
+    if error["type"] == "extra_forbidden":  # an unknown section is there because of the flags that name it
+        given = given or inside
+    if given:
+        return ", ".join(given)
+    return f"{where} with {', '.join(inside)}" if inside else where
 
 
 def _explain(cls: type[BaseModel], error: ErrorDetails) -> str:

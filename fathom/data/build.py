@@ -51,7 +51,7 @@ class BuildReport:
         manifest = self.manifest
         rows = [("folder", str(self.path)), ("vocabulary", f"{manifest.vocab_size:,} tokens")]
         for label, split in (("train", manifest.train), ("held out", manifest.heldout)):
-            value = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes"
+            value = f"{_documents(split.documents)}, {split.tokens:,} tokens, {split.bytes:,} bytes"
             if split.tokens:
                 value += f" ({split.bytes / split.tokens:.2f} bytes per token)"
             rows.append((label, value))
@@ -102,6 +102,10 @@ def build(
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return BuildReport(path=path, manifest=manifest, seconds=time.monotonic() - began)
+
+
+def _documents(number: int) -> str:
+    return f"{number:,} document{'' if number == 1 else 's'}"
 
 
 def _check_target(path: Path) -> None:
@@ -160,7 +164,7 @@ def _survey(corpus: Corpus, holdout: float, *, sample_bytes: int, console: Conso
         heldout_below = max(heldout_below, lowest + 1)
     elif documents == 1:
         heldout_below = 0
-    console.print(f"found {documents:,} documents")
+    console.print(f"found {_documents(documents)}")
     texts = [text for _, split, text in sorted(sample, reverse=True) if split >= heldout_below]
     return _Survey(documents=documents, heldout_below=heldout_below, sample=texts)
 

@@ -192,7 +192,7 @@ def _parquet(path: Path, field: str, skipped: Skipped) -> Iterator[Document]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
-                skipped.add(f"no '{field}' text", path)
+                skipped.add(f"no text in '{field}'", path)
                 return
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):
@@ -212,7 +212,7 @@ def _parquet(path: Path, field: str, skipped: Skipped) -> Iterator[Document]:
 def _row(value: Any, field: str, origin: str, skipped: Skipped) -> Iterator[Document]:
     """The text in a row of a table. JSON can spell half a surrogate pair, which no encoding holds."""
     if not isinstance(value, str):
-        skipped.add(f"no '{field}' text", origin)
+        skipped.add(f"no text in '{field}'", origin)
         return
     try:
         value.encode()

@@ -152,7 +152,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: the UTF-8 bytes each token stands for; 0 for control tokens and unused ids."""
-        lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
+        lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
         lengths[list(self._control_tokens)] = 0
         return lengths
 
@@ -185,7 +185,7 @@ class Tokenizer:
         return plain
 
     @functools.cached_property
-    def _pieces(self) -> list[bytes]:
+    def pieces(self) -> list[bytes]:
         """The bytes of every token, as they appear inside a text; empty for unused ids."""
         added = {number: token.content for number, token in self.backend.get_added_tokens_decoder().items()}
         spell = _byte_level_piece if _is_byte_level(self.backend) else _sentencepiece_piece
@@ -209,7 +209,7 @@ class TextStream:
         """The text that `token` completes: possibly none yet, when a character is still missing bytes."""
         if token in self._skipped:
             return ""
-        pieces = self._tokenizer._pieces
+        pieces = self._tokenizer.pieces
         text = self._decoder.decode(pieces[token] if token < len(pieces) else b"")
         if self._at_start:
             self._at_start = False

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.sampling import Sampling, sample
+from fathom.engine.protocol import Sampling
+from fathom.engine.sampling import SamplerState, sample
 from fathom.errors import UserError
 from fathom.model.cache import KVCache
 from fathom.model.transformer import Transformer
@@ -28,21 +29,18 @@ def generate_ids(
         )
     length = min(len(prompt_ids) + max_tokens, model.config.max_position_embeddings)
     weight = model.model.embed_tokens.weight
-    generator = torch.Generator(device=weight.device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
+    state = SamplerState.start(sampling, prompt_ids, model.config.vocab_size)
     cache = KVCache(
         model.config, batch=1, length=length, dtype=model.compute_dtype or weight.dtype, device=weight.device
     )
     new = torch.tensor([prompt_ids], device=weight.device)
     for _ in range(length - len(prompt_ids)):
         hidden, _ = model.hidden_states(new, cache=cache)
-        new = sample(model.logits(hidden[:, -1]), sampling, generator)[:, None]
+        new = sample(model.logits(hidden[:, -1]), [state])[:, None]
         token = int(new)
         if token in stop_ids:
             return
+        state.advance(token)
         yield token
 
 

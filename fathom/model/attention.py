@@ -18,13 +18,15 @@ N nope width, R rotary width, V value width, C latent width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config.model import ModelConfig
 from fathom.model.attention_core import causal_attention
 from fathom.model.cache import LayerCache, Slots
 from fathom.model.layers import Linear, RMSNorm
-from fathom.model.rope import rotate
+from fathom.model.paged import PagedLayer, Stretch
+from fathom.model.rope import rotate, rotate_heads
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each [B or 1, T, rotary_dim / 2]."""
@@ -59,15 +61,18 @@ class MLA(nn.Module):
         x: Tensor,
         rope: Rope,
         slots: Slots | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PagedLayer | None = None,
         absorbed: bool | None = None,
     ) -> Tensor:
         """x [B, T, hidden] -> the same shape.
 
         Without a cache, or into an empty one, the T tokens attend causally among themselves, expanded. With one they
         are stored in `slots` and attend to all that is stored at or before their own; `absorbed` chooses the form,
-        None takes the absorbed one for a single new token behind others, where it costs least.
+        None takes the absorbed one for a single new token behind others, where it costs least. With pages, tokens of
+        several sequences stand in one row (B = 1).
         """
+        if isinstance(cache, PagedLayer):
+            return self._paged(x.squeeze(0), rope, cache).unsqueeze(0)
         q_nope, q_rope = self._queries(x, rope)
         latent, k_rope = self._latents(x, rope)
         if cache is not None:
@@ -82,14 +87,17 @@ class MLA(nn.Module):
 
     def _queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """-> q_nope [B, H, T, N], q_rope [B, H, T, R]."""
+        q_nope, q_rope = self._project_queries(x).transpose(1, 2).split((self.nope, self.rope), dim=-1)
+        cos, sin = (t.unsqueeze(1) for t in rope)
+        return q_nope, rotate(q_rope, cos, sin, interleaved=self.interleaved)
+
+    def _project_queries(self, x: Tensor) -> Tensor:
+        """-> [..., H, N + R]."""
         if hasattr(self, "q_proj"):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.heads, self.nope + self.rope)).transpose(1, 2)
-        q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
-        cos, sin = (t.unsqueeze(1) for t in rope)
-        return q_nope, rotate(q_rope, cos, sin, interleaved=self.interleaved)
+        return q.unflatten(-1, (self.heads, self.nope + self.rope))
 
     def _latents(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """-> latent [B, T, C], normalised; shared key [B, T, R], rotated."""
@@ -114,12 +122,43 @@ class MLA(nn.Module):
         return _softmax(scores * self.scale, visible) @ v
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor) -> Tensor:
-        weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (self.heads, self.nope + self.value))
-        up_key, up_value = weight.split((self.nope, self.value), dim=1)  # [H, N, C], [H, V, C]
+        up_key, up_value = (weight.to(latent.dtype) for weight in self.up_projections())
         queries = q_nope @ up_key  # [B, H, T, C]
         scores = queries @ latent.unsqueeze(1).mT + q_rope @ k_rope.unsqueeze(1).mT
         mixed = _softmax(scores * self.scale, visible) @ latent.unsqueeze(1)  # [B, H, T, C]
         return mixed @ up_value.mT
+
+    def _paged(self, x: Tensor, rope: Rope, cache: PagedLayer) -> Tensor:
+        """x [T, hidden] -> the same shape: single tokens absorbed, stretches of a prompt expanded."""
+        cos, sin = (t.squeeze(0) for t in rope)
+        q_nope, q_rope = self._project_queries(x).split((self.nope, self.rope), dim=-1)  # [T, H, …]
+        q_rope = rotate_heads(q_rope, cos, sin, interleaved=self.interleaved)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_width, self.rope), dim=-1)
+        k_rope = rotate_heads(k_rope.unsqueeze(1), cos, sin, interleaved=self.interleaved)
+        cache.write(torch.cat((self.kv_a_layernorm(latent).unsqueeze(1), k_rope), dim=-1))
+        heads = x.new_empty(x.shape[0], self.heads, self.value)
+        if singles := cache.call.singles:
+            queries = torch.cat((self.absorb_queries(q_nope[:singles]), q_rope[:singles]), dim=-1)
+            heads[:singles] = self.expand_values(cache.attend(queries, self.scale))
+        for stretch in cache.call.stretches:
+            latent, k_rope = cache.read(stretch)[0].squeeze(1).split((self.latent_width, self.rope), dim=-1)
+            q = (_queries_of(stretch, part) for part in (q_nope, q_rope))
+            mixed = self._causal(*q, latent, k_rope).squeeze(0).transpose(0, 1)
+            heads[stretch.start : stretch.stop] = mixed[: stretch.stop - stretch.start]
+        return self.o_proj(heads.flatten(1))
+
+    def absorb_queries(self, q_nope: Tensor) -> Tensor:
+        """q [T, H, N] -> W^UKᵀ q [T, H, C], what meets the latents themselves."""
+        return torch.einsum("thn,hnc->thc", q_nope, self.up_projections()[0].to(q_nope.dtype))
+
+    def expand_values(self, mixed: Tensor) -> Tensor:
+        """Mixed latents [T, H, C] -> values W^UV c [T, H, V]."""
+        return torch.einsum("thc,hvc->thv", mixed, self.up_projections()[1].to(mixed.dtype))
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """W^UK [H, N, C] and W^UV [H, V, C], views of `kv_b_proj`."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.heads, self.nope + self.value))
+        return weight.split((self.nope, self.value), dim=1)
 
     def _output(self, heads: Tensor) -> Tensor:
         return self.o_proj(heads.transpose(1, 2).flatten(2))
@@ -141,8 +180,12 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_head_norms else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_head_norms else None
 
-    def forward(self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | PagedLayer | None = None
+    ) -> Tensor:
         """x [B, T, hidden] -> the same shape; cache and slots as in `MLA.forward`."""
+        if isinstance(cache, PagedLayer):
+            return self._paged(x.squeeze(0), rope, cache).unsqueeze(0)
         q, k = (
             self._rotated(self.q_proj(x), self.q_norm, rope),
             self._rotated(self.k_proj(x), self.k_norm, rope),
@@ -157,6 +200,28 @@ class GQA(nn.Module):
         else:
             heads = self._cached(q, k, v, _visible(slots))
         return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def _paged(self, x: Tensor, rope: Rope, cache: PagedLayer) -> Tensor:
+        """x [T, hidden] -> the same shape."""
+        cos, sin = (t.squeeze(0) for t in rope)
+
+        q, k, v = self.project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate_heads(heads, cos, sin, interleaved=False) for heads in (q, k))
+        cache.write(k, v)
+        heads = torch.empty_like(q)
+        if singles := cache.call.singles:
+            heads[:singles] = cache.attend(q[:singles], self.scale)
+        for stretch in cache.call.stretches:
+            mixed = causal_attention(_queries_of(stretch, q), *cache.read(stretch), self.scale)[0].transpose(0, 1)
+            heads[stretch.start : stretch.stop] = mixed[: stretch.stop - stretch.start]
+        return self.o_proj(heads.flatten(1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, hidden] -> q [T, H, D], k and v [T, G, D], neither normalised nor rotated."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
 
     def _rotated(self, projected: Tensor, norm: RMSNorm | None, rope: Rope) -> Tensor:
         """[B, T, heads · D] -> [B, T, heads, D], normalised where the family does, and rotated."""
@@ -173,6 +238,12 @@ class GQA(nn.Module):
         scores = (q @ k.permute(0, 2, 3, 1)) * self.scale
         weights = _softmax(scores.unflatten(2, (share, time)), visible.unsqueeze(2)).flatten(2, 3)
         return (weights @ v.transpose(1, 2)).unflatten(2, (share, time)).reshape(batch, self.heads, time, -1)
+
+
+def _queries_of(stretch: Stretch, q: Tensor) -> Tensor:
+    """The stretch's queries of q [T, H, D], filled up with zeros: [1, H, length + missing, D]."""
+    rows = q[stretch.start : stretch.stop].transpose(0, 1).unsqueeze(0)
+    return F.pad(rows, (0, 0, 0, stretch.missing))
 
 
 def _visible(slots: Slots) -> Tensor:

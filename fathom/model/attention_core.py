@@ -32,8 +32,12 @@ Grouped-query attention (fewer key heads than query heads) folds the group into 
 repeated, and the sum over the group in dk and dv happens inside the product.
 
 Scores and probabilities are rounded to the input type; maximum, sum and exp of the softmax are float32.
-Covered: self-attention over whole sequences. Not covered: caches, padding masks, dropout, double backward.
+Covered: self-attention over whole sequences, and over the last part of one whose first part is remembered (more keys
+than queries). Blocks begin at multiples of QUERY_BLOCK from the sequence's start, so that a part is computed as in the
+whole. Not covered: padding masks, dropout, double backward.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -44,12 +48,12 @@ KEPT_PROBABILITY_BYTES = 64 << 20
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of query t over keys 0..t.
+    """Causal attention: the last query sees all keys, the one before all but the last, and so on.
 
     Args:
         q: [B, H, T, Dqk].
-        k: [B, Hkv, T, Dqk], with H a multiple of Hkv; query head h reads key head h // (H // Hkv).
-        v: [B, Hkv, T, Dv].
+        k: [B, Hkv, S, Dqk], S >= T, with H a multiple of Hkv; query head h reads key head h // (H // Hkv).
+        v: [B, Hkv, S, Dv].
         scale: factor on the scores, usually Dqk ** -0.5.
 
     Returns:
@@ -58,8 +62,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    keys_fit = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and q.shape[1] % k.shape[1] == 0
-    if not keys_fit or k.shape[:3] != v.shape[:3]:
+    keys_fit = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
+    if not keys_fit or q.shape[2] > k.shape[2] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"causal_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
     return _attention(q, k, v, scale)[0]
 
@@ -70,23 +74,23 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     B, H, T, _ = q.shape
     q_rows, k_rows, v_rows = _fold(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1)
     o = q.new_empty(*q_rows.shape[:3], v.shape[-1])
-    kept = q.new_empty(_kept_numel(q))
+    kept = q.new_empty(_kept_numel(q, k))
     triangle = _triangle(q)
     cursor = 0
-    for heads, rows, keys in _blocks(q_rows):
+    for heads, rows, keys in _blocks(q_rows, k.shape[2]):
         q_block = (q_rows[heads, :, rows] * scale).flatten(1, 2)
         shape = (*q_block.shape[:2], keys.stop)
         numel = shape[0] * shape[1] * shape[2]
         p = kept[cursor : cursor + numel].view(shape) if kept.numel() else q.new_empty(shape)
         cursor += numel
-        _probabilities(q_block, k_rows[heads, keys], triangle, out=p)
+        _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start, out=p)
         o[heads, :, rows] = torch.bmm(p, v_rows[heads, keys]).unflatten(1, (o.shape[1], -1))
     return o.view(B, H, T, -1), kept
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(_kept_numel(q))
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(_kept_numel(q, k))
 
 
 @torch.library.custom_op("fathom::causal_attention_backward", mutates_args=())
@@ -104,7 +108,7 @@ def _attention_backward(
     dq, dk, dv = torch.empty_like(q_rows), k_rows.new_zeros(k_rows.shape), v_rows.new_zeros(v_rows.shape)
     triangle = _triangle(q)
     cursor = 0
-    for heads, rows, keys in _blocks(q_rows):
+    for heads, rows, keys in _blocks(q_rows, k.shape[2]):
         q_block = (q_rows[heads, :, rows] * scale).flatten(1, 2)
         do_block = do_rows[heads, :, rows].flatten(1, 2)
         shape = (*q_block.shape[:2], keys.stop)
@@ -112,7 +116,7 @@ def _attention_backward(
         if kept.numel():
             p = kept[cursor : cursor + numel].view(shape)
         else:
-            p = _probabilities(q_block, k_rows[heads, keys], triangle, out=q.new_empty(shape))
+            p = _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start, out=q.new_empty(shape))
         cursor += numel
         dv[heads, keys] += torch.bmm(p.transpose(1, 2), do_block)
         dp = torch.bmm(do_block, v_rows[heads, keys].transpose(1, 2))
@@ -153,15 +157,16 @@ def _fold(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(x.shape[0] * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
 
 
-def _blocks(q_rows: Tensor) -> list[tuple[slice, slice, slice]]:
-    """The (heads, query rows, keys) slices that cover the lower triangle, in both passes' order."""
+def _blocks(q_rows: Tensor, keys: int) -> list[tuple[slice, slice, slice]]:
+    """The (heads, query rows, keys) slices that cover all that is visible, in both passes' order."""
     folded_heads, group, T, _ = q_rows.shape
-    block = min(QUERY_BLOCK, T)
-    step = max(1, HEADS_TIMES_ROWS // (group * block))
+    past = keys - T
+    step = max(1, HEADS_TIMES_ROWS // (group * min(QUERY_BLOCK, T)))
+    borders = [0, *range(QUERY_BLOCK - past % QUERY_BLOCK, T, QUERY_BLOCK), T]
     return [
-        (slice(h, min(h + step, folded_heads)), slice(i, min(i + block, T)), slice(0, min(i + block, T)))
+        (slice(h, min(h + step, folded_heads)), slice(start, stop), slice(0, past + stop))
         for h in range(0, folded_heads, step)
-        for i in range(0, T, block)
+        for start, stop in itertools.pairwise(borders)
     ]
 
 
@@ -170,19 +175,18 @@ def _triangle(q: Tensor) -> Tensor:
     return torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
 
 
-def _probabilities(q_block: Tensor, k_block: Tensor, triangle: Tensor, out: Tensor) -> Tensor:
-    """softmax(q_block k_block^T) into `out`, the last queries of each group aligned with the last keys."""
+def _probabilities(q_block: Tensor, k_block: Tensor, triangle: Tensor, width: int, out: Tensor) -> Tensor:
+    """softmax(q_block k_block^T) into `out`, the `width` queries of each group aligned with the last keys."""
     scores = torch.bmm(q_block, k_block.transpose(1, 2))
     keys = k_block.shape[1]
-    width = (keys - 1) % QUERY_BLOCK + 1
     diagonal = scores[:, :, keys - width :].unflatten(1, (-1, width))
     diagonal += triangle[:width, :width]
     return torch.softmax(scores, -1, out=out)
 
 
-def _kept_numel(q: Tensor) -> int:
+def _kept_numel(q: Tensor, k: Tensor) -> int:
     """How many probabilities forward keeps for backward: all blocks, or none if they exceed the limit."""
-    B, H, T, _ = q.shape
-    whole, rest = T // QUERY_BLOCK, T % QUERY_BLOCK
-    numel = B * H * (QUERY_BLOCK * QUERY_BLOCK * whole * (whole + 1) // 2 + rest * T)
+    folded = _fold(q, k.shape[1])
+    blocks = _blocks(folded, k.shape[2])
+    numel = folded.shape[1] * sum((h.stop - h.start) * (rows.stop - rows.start) * keys.stop for h, rows, keys in blocks)
     return numel if numel * q.element_size() <= KEPT_PROBABILITY_BYTES else 0

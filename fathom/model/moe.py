@@ -64,14 +64,22 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, hidden] -> the choice for every token."""
-        logits = F.linear(x.float(), self.weight.float())
-        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        logits = self.logits(x.float())
+        scores = self.affinities(logits) if self.sigmoid else logits.softmax(dim=-1)
         with torch.no_grad():
             expert_ids = self._choose(scores)
         weights = scores.gather(1, expert_ids)
         if self.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(expert_ids, weights * self.factor, scores)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [N, hidden] float32 -> [N, E] float32."""
+        return F.linear(x, self.weight.float())
+
+    def affinities(self, logits: Tensor) -> Tensor:
+        """V3's scores of logits [N, E]."""
+        return logits.sigmoid()
 
     def _choose(self, scores: Tensor) -> Tensor:
         """scores [N, E] -> the chosen experts [N, K]."""

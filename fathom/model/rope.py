@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fathom.config.model import ModelConfig, RopeScaling, yarn_mscale
+from fathom.kernels import ops as kernels
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -47,6 +48,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     else:
         first, second = (half.float() for half in x.chunk(2, dim=-1))
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """As `rotate`, for heads x [T, H, d] and cos, sin [T, d/2] of their tokens; without gradient."""
+    if kernels.usable(x):
+        return kernels.rotate(x, cos, sin, interleaved=interleaved)
+    return rotate(x, cos.unsqueeze(1), sin.unsqueeze(1), interleaved=interleaved)
 
 
 def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float, dim: int) -> Tensor:

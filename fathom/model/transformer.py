@@ -18,6 +18,7 @@ from fathom.model.cache import KVCache, LayerCache, Slots
 from fathom.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from fathom.model.moe import MoE, Router, RouterReport
 from fathom.model.mtp import MTPModule
+from fathom.model.paged import PagedCall, PagedLayer
 from fathom.model.rope import rope_frequencies, rope_tables
 
 
@@ -35,7 +36,7 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | None = None
+        self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | PagedLayer | None = None
     ) -> tuple[Tensor, RouterReport | None]:
         """x [B, T, D] -> (the same shape, the router's report or None for a dense layer)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, slots, cache)
@@ -81,7 +82,7 @@ class Transformer(nn.Module):
         return self.logits(hidden)
 
     def hidden_states(
-        self, token_ids: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None
+        self, token_ids: Tensor, *, cache: KVCache | PagedCall | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[RouterReport]]:
         """What the head sees, [B, T, D], and one report per mixture-of-experts layer.
 
@@ -103,15 +104,22 @@ class Transformer(nn.Module):
             cache.advance(token_ids.shape[1] if lengths is None else lengths)
         return self.model.norm(x), reports
 
-    def mtp_hidden_states(self, depth: int, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, RouterReport | None]:
+    def mtp_hidden_states(
+        self, depth: int, hidden: Tensor, token_ids: Tensor, *, cache: PagedCall | None = None
+    ) -> tuple[Tensor, RouterReport | None]:
         """Hidden states of MTP module `depth` (0 predicts the token after next), [B, T, D].
 
         `hidden` [B, T, D] is what the previous depth (or `hidden_states`) returned, `token_ids` [B, T] the token that
-        follows what that depth had read: t[i + depth + 1] at position i.
+        follows what that depth had read: t[i + depth + 1] at position i. With a cache, positions are those of its call.
         """
         module: MTPModule = self.mtp[depth]
         x = module.join(self.embed(token_ids), hidden)
-        x, report = self._run_layer(module.block, x, self._rope_at(token_ids, None))
+        if cache is None:
+            x, report = self._run_layer(module.block, x, self._rope_at(token_ids, None))
+        else:
+            slots = cache.slots(token_ids.shape[1])
+            layer = cache.layers[self.config.num_hidden_layers + depth]
+            x, report = module.block(x, self._rope_at(token_ids, slots.positions), slots, layer)
         return module.norm(x), report
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from fathom.config import ModelConfig
 from fathom.data.tokenizer import Tokenizer
 from fathom.model.accounting import count_parameters, decode_flops_per_token, flops_per_token, kv_bytes_per_token
-from fathom.report.tables import count, quantity
+from fathom.report.tables import count, plural, quantity
 
 
 def describe(config: ModelConfig, tokenizer: Tokenizer | None) -> list[tuple[str, str]]:
@@ -19,13 +19,16 @@ def describe(config: ModelConfig, tokenizer: Tokenizer | None) -> list[tuple[str
         ),
     ]
     if config.num_nextn_predict_layers:
-        rows.append(("multi-token", f"{config.num_nextn_predict_layers} MTP module(s), {parameters.mtp:,} parameters"))
+        modules = plural(config.num_nextn_predict_layers, "MTP module")
+        rows.append(("multi-token", f"{modules}, {parameters.mtp:,} parameters"))
     context = config.max_position_embeddings
+    length = min(4096, context)
     rows += [
         ("context", f"{context:,} tokens"),
         ("cache", f"{kv_bytes_per_token(config):,} bytes per token in bfloat16"),
-        ("arithmetic", f"{quantity(flops_per_token(config, min(4096, context)), 'FLOP')} to train on a token, "
-                       f"{quantity(decode_flops_per_token(config, min(4096, context)), 'FLOP')} to write one"),
+        ("arithmetic", f"{quantity(flops_per_token(config, length), 'FLOP')} to train on a token of a sequence of "
+                       f"{length:,}, {quantity(decode_flops_per_token(config, length), 'FLOP')} to write one behind "
+                       f"{length:,}"),
         ("tokenizer", "none in the folder" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"),
     ]  # fmt: skip
     return rows
@@ -43,5 +46,5 @@ def _feed_forward(config: ModelConfig) -> str:
         return f"dense, width {config.intermediate_size}"
     return (
         f"{config.n_routed_experts} experts of width {config.moe_intermediate_size}, {config.num_experts_per_tok} per "
-        f"token + {config.n_shared_experts} shared; first {config.first_k_dense_replace} layer(s) dense"
+        f"token + {config.n_shared_experts} shared; first {plural(config.first_k_dense_replace, 'layer')} dense"
     )

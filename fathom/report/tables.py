@@ -24,12 +24,17 @@ def count(number: float) -> str:
 
 def quantity(number: float, unit: str) -> str:
     """Things that are measured, with SI prefixes: 1.234e9, 'FLOP' -> '1.23 GFLOP'."""
-    return _short(number, ("k", "M", "G", "T", "P", "E")) + unit
+    return _short(number, ("k", "M", "G", "T", "P", "E", "Z", "Y")) + unit
+
+
+def plural(number: int, thing: str) -> str:
+    """1, 'layer' -> '1 layer'; 2000, 'layer' -> '2,000 layers'."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _short(number: float, prefixes: tuple[str, ...]) -> str:
     """Three significant digits and the prefix that keeps them short."""
     for power in range(len(prefixes), 0, -1):
-        if abs(number) >= 1000**power:
+        if abs(number) >= 999.5 * 1000 ** (power - 1):  # what three digits would round up to 1000
             return f"{number / 1000**power:.3g} {prefixes[power - 1]}"
     return f"{number:.3g} "

@@ -10,7 +10,8 @@ from rich.markup import escape
 from fathom.config import PretrainRecipe
 from fathom.config.recipe import DataSection
 from fathom.data import TokenDataset, build, check_vocabulary
-from fathom.errors import UserError
+from fathom.data.dataset import is_data_folder
+from fathom.errors import UserError, nearest
 from fathom.train.evaluate import check_sample
 
 SILENT_BYTES = 2 * 10**9
@@ -22,29 +23,68 @@ def open_data(recipe: PretrainRecipe, console: Console) -> TokenDataset:
 
     A folder that exists is never built again. Where the recipe asks for other sources or a smaller vocabulary than it
     holds, that is an error: a field that differs from its default asks, and under the default `data.path` all do. So a
-    recipe that names only a folder takes it as it is. Raises `UserError`, also for corrupt shards, for a folder
-    without held-out text, and for a tokenizer that makes tokens the model has no embedding for.
+    recipe that names only a folder takes it as it is, and a folder that is not there is then no order to build one.
+    Raises `UserError`, also for corrupt shards, for a folder without held-out text, and for a tokenizer that makes
+    tokens the model has no embedding for.
     """
-    path = Path(recipe.data.path)
-    if path.exists():
-        dataset = TokenDataset(path)
-        _compare(dataset, recipe.data, console)
-    else:
-        build(recipe.data.sources, path, vocab_size=recipe.data.vocab_size, console=console)
-        dataset = TokenDataset(path)
-    check_vocabulary(dataset.tokenizer, recipe.model)
-    check_sample(dataset.tokenizer, recipe)
+    dataset = find_data(recipe, console)
+    if dataset is None:
+        build(recipe.data.sources, recipe.data.path, vocab_size=recipe.data.vocab_size, console=console)
+        dataset = _check(TokenDataset(recipe.data.path), recipe)
     manifest = dataset.manifest
-    if not manifest.heldout.documents:
-        raise UserError(
-            f"{path}: no document is held out, so nothing can be evaluated; build it with 'fathom data build' from two "
-            "documents or more and a --holdout above 0"
-        )
     size = (manifest.train.tokens + manifest.heldout.tokens) * np.dtype(manifest.dtype).itemsize
     if size > SILENT_BYTES:
         console.print(f"checking {size / 1e9:.1f} GB of token shards", highlight=False)
     dataset.verify()
     return dataset
+
+
+def find_data(recipe: PretrainRecipe, console: Console) -> TokenDataset | None:
+    """The recipe's token shards where there are some, compared with the recipe; None where they are to be built.
+
+    Raises `UserError` as `open_data` does. Reads no tokens and writes nothing.
+    """
+    path, default = Path(recipe.data.path), DataSection()
+    if path.exists():
+        dataset = TokenDataset(path)
+        _compare(dataset, recipe.data, console)
+        return _check(dataset, recipe)
+    if recipe.data.path != default.path and recipe.data.sources == default.sources:
+        beside = [str(folder) for folder in _folders(path.parent) if is_data_folder(folder)]
+        raise UserError(
+            f"data.path {path}: does not exist{nearest(str(path), beside)}; to build it from your text, add "
+            f"--data.sources and the text's folder, or run 'fathom data build SOURCES --out {path}' first"
+        )
+    return None
+
+
+def describe_data(recipe: PretrainRecipe, console: Console) -> str:
+    """What the recipe would be trained on: in the folder already, or still to be built. Raises as `find_data`."""
+    dataset = find_data(recipe, console)
+    if dataset is None:
+        sources = ", ".join(recipe.data.sources)
+        return f"{recipe.data.path}, which does not exist and will be built from {sources}"
+    manifest = dataset.manifest
+    return (
+        f"{recipe.data.path}, built from {', '.join(manifest.sources)}: {manifest.train.tokens:,} tokens to train on, "
+        f"{manifest.heldout.tokens:,} held out"
+    )
+
+
+def _check(dataset: TokenDataset, recipe: PretrainRecipe) -> TokenDataset:
+    """The same, when the recipe's model can be trained and evaluated on it."""
+    check_vocabulary(dataset.tokenizer, recipe.model)
+    check_sample(dataset.tokenizer, recipe)
+    if not dataset.manifest.heldout.documents:
+        raise UserError(
+            f"{dataset.path}: no document is held out, so nothing can be evaluated; build it with 'fathom data build' "
+            "from two documents or more and a --holdout above 0"
+        )
+    return dataset
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
 
 
 def _compare(dataset: TokenDataset, data: DataSection, console: Console) -> None:

@@ -10,6 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal."""
+BAR_WIDTH = 16
+ALWAYS = ("step", "loss", "tokens_per_second", "left")
+"""What a narrow terminal keeps of a step's line, dearest first."""
 
 
 class Display:
@@ -18,7 +21,7 @@ class Display:
     def __init__(self, console: Console, *, total: int, done: int) -> None:
         """`total` steps of which `done` were made before this session."""
         self._console, self._total, self._first = console, total, done
-        self._live = Progress(BarColumn(bar_width=16), TextColumn("{task.description}"), console=console)
+        self._live = Progress(BarColumn(bar_width=BAR_WIDTH), TextColumn("{task.description}"), console=console)
         self._task = self._live.add_task("", total=total, completed=done)
         self._began: float | None = None
         self._printed = float("-inf")
@@ -38,34 +41,59 @@ class Display:
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """After each step, with its training metrics."""
-        text = f"step {step}/{self._total}  {describe(values)}"
+        parts = {"step": f"step {step}/{self._total}", **_words(values)}
         now = time.monotonic()
         if self._began is None:
             # The first step of a session compiles and warms up: time left is counted from its end.
             self._began, self._first = now, step
         elif step < self._total:
             left = (now - self._began) / (step - self._first) * (self._total - step)
-            text += f"  {_duration(left)} left"
+            parts["left"] = f"{_duration(left)} left"
         if self._console.is_terminal:
+            text = _fit(parts, self._console.width - BAR_WIDTH - 1)
             self._live.update(self._task, completed=step, description=escape(text))
         elif now - self._printed >= SECONDS_BETWEEN_LINES or step == self._total:
             self._printed = now
-            self.say(text)
+            self.say(_GAP.join(parts.values()))
 
 
 def describe(values: dict[str, Any]) -> str:
     """Metrics as words, in a fixed order; what was not measured is left out."""
+    return _GAP.join(_words(values).values())
+
+
+def share_of_peak(share: float) -> str:
+    """A share of the measured peak. Above 1 it says what that means: the peak was measured while others computed."""
+    return f"{share:.0%} of {'a peak measured while the machine was busy' if share > 1 else 'peak'}"
+
+
+_GAP = "  "
+
+
+def _fit(parts: dict[str, str], width: int) -> str:
+    """As many of `parts` as `width` characters hold: those of `ALWAYS` first, then the others in their order."""
+    kept: set[str] = set()
+    room = width + len(_GAP)
+    for name in (*ALWAYS, *(name for name in parts if name not in ALWAYS)):
+        needed = len(parts.get(name, "")) + len(_GAP)
+        if name in parts and needed <= room:
+            kept.add(name)
+            room -= needed
+    return _GAP.join(text for name, text in parts.items() if name in kept)
+
+
+def _words(values: dict[str, Any]) -> dict[str, str]:
     formats = {
-        "loss": "loss {:.3f}",
-        "bits_per_byte": "{:.3f} bits/byte",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "gemm_share": "{:.0%} of peak",
-        "max_vio": "MaxVio {:.2f}",
-        "mtp_loss": "MTP loss {:.3f}",
-        "mtp_acceptance": "MTP accepts {:.0%}",
-        "ema_loss": "averaged weights {:.3f}",
+        "loss": "loss {:.3f}".format,
+        "bits_per_byte": "{:.3f} bits/byte".format,
+        "tokens_per_second": "{:,.0f} tokens/s".format,
+        "gemm_share": share_of_peak,
+        "max_vio": "MaxVio {:.2f}".format,
+        "mtp_loss": "MTP loss {:.3f}".format,
+        "mtp_acceptance": "MTP accepts {:.0%}".format,
+        "ema_loss": "averaged weights {:.3f}".format,
     }
-    return "  ".join(text.format(values[key]) for key, text in formats.items() if values.get(key) is not None)
+    return {key: write(values[key]) for key, write in formats.items() if values.get(key) is not None}
 
 
 def _duration(seconds: float) -> str:

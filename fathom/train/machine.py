@@ -9,6 +9,7 @@ import os
 import shutil
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from fathom.errors import UserError
 GEMM_SIZE = 2048
 """Side of the square matrices of the measurement: large enough for the peak, 50 MB in float32."""
 MEASURE_SECONDS = 1.0
+UNDISTURBED = 0.8
+"""Share of its cores, and of its own fastest product, below which a measurement counts as disturbed."""
 
 
 def device() -> torch.device:
@@ -57,16 +60,46 @@ def use_compiler(compile: str) -> bool:
     return has_compiler() if compile == "auto" else compile == "on"
 
 
+@dataclass(frozen=True)
+class GemmSpeed:
+    """A second of matrix products, in FLOP/s."""
+
+    peak: float
+    """Of the fastest product."""
+    sustained: float
+    """Of the whole second."""
+    cores: float
+    """Share of its threads' time that this process was given; 1 on an accelerator."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether others were using the machine, so that all of these are too low or too scattered to rely on."""
+        return min(self.sustained / self.peak, self.cores) < UNDISTURBED
+
+    @property
+    def undisturbed(self) -> float:
+        """What the peak would be if the process had its cores to itself: the best guess of a busy machine."""
+        return self.peak / self.cores
+
+
 def measure_gemm_peak(dtype: torch.dtype) -> float:
     """The best rate of a 2048³ matrix product in `dtype` within about a second, in FLOP/s."""
+    return measure_gemm(dtype).peak
+
+
+def measure_gemm(dtype: torch.dtype) -> GemmSpeed:
+    """The rate of 2048³ matrix products in `dtype` over about a second."""
     where = device()
     a = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=torch.Generator().manual_seed(0)).to(where, dtype)
     out = a @ a  # the first product also builds and caches the kernel
-    fastest, deadline = float("inf"), time.perf_counter() + MEASURE_SECONDS
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
+    fastest, products = float("inf"), 0
+    began, began_cpu = time.perf_counter(), time.process_time()
+    while (start := time.perf_counter()) < began + MEASURE_SECONDS:
         torch.matmul(a, a, out=out)
         if where.type != "cpu":
             torch.accelerator.synchronize()
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * GEMM_SIZE**3 / fastest
+        fastest, products = min(fastest, time.perf_counter() - start), products + 1
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    flop = 2 * GEMM_SIZE**3
+    cores = min(cpu_seconds / (seconds * torch.get_num_threads()), 1.0) if where.type == "cpu" else 1.0
+    return GemmSpeed(peak=flop / fastest, sustained=flop * products / seconds, cores=cores)

@@ -10,6 +10,7 @@ a function of the recipe and the step's number (`schedule.py`).
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fathom.config import PretrainRecipe
 from fathom.data import Loader, TokenDataset
 from fathom.errors import UserError
-from fathom.model.accounting import flops_per_token
+from fathom.model.accounting import count_parameters, flops_per_token
 from fathom.model.transformer import Transformer
+from fathom.report.command import fathom_command
+from fathom.report.tables import count
 from fathom.train.corpus import open_data
 from fathom.train.display import Display, describe
 from fathom.train.estimate import dry_run
@@ -122,6 +125,7 @@ def pretrain(
         dataset = open_data(recipe, console)
         training = _start(recipe, dataset, checkpoint)
         begin_run(run, recipe, overwrite=overwrite)
+        _announce(training, recipe, run, say)
         if compiled:
             training.model.compile_blocks()
         return _train(training, dataset, recipe, run, checkpoint, console)
@@ -150,15 +154,16 @@ def _train(
         StopRequest() as stop,
     ):
 
-        def evaluate_if_due() -> None:
+        def evaluate_if_due() -> bool:
             nonlocal evaluation
             if progress.step < total and progress.step % recipe.eval.every:
-                return
+                return False
             evaluation = _evaluate(training, dataset, recipe)
             if (sample := write_sample(model, dataset.tokenizer, recipe)) is not None:
                 log.write_sample(progress.step, recipe.eval.sample_prompt, sample)
             log.write("eval", progress.step, evaluation)
             display.say(f"step {progress.step}: held out  {describe(evaluation)}")
+            return True
 
         if progress.step and not log.evaluated:
             evaluate_if_due()
@@ -168,6 +173,8 @@ def _train(
                 "insist with --accept-changes"
             )
             return RunResult(run.path, progress.step, checkpoint, evaluation)
+        if use_compiler(recipe.train.compile):
+            display.say("compiling (about half a minute)…")
         peak = measure_gemm_peak(dtype)
         flops = flops_per_token(model.config, recipe.data.sequence_length)
         while progress.step < total and not stop.asked:
@@ -177,21 +184,24 @@ def _train(
             speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
             values |= speed | {"gemm_share": flops * tokens / seconds / peak}
             log.write("train", progress.step, values)
-            display.step(progress.step, values | {"mtp_acceptance": evaluation.get("mtp_acceptance")})
+            display.step(progress.step, values)
             if values["skipped"]:
                 _report_bad_step(progress, recipe, values, display, newest_model(run.path))
 
             if progress.step == total or stop.asked or progress.step % recipe.checkpoint.every == 0:
                 writer.save(training.contents(recipe, dataset))
                 saved = progress.step
-            evaluate_if_due()
+            if evaluate_if_due():
+                peak = max(peak, measure_gemm_peak(dtype))  # an earlier measurement may have been disturbed
             writer.check()
         if saved < progress.step:  # asked to stop while evaluating
             writer.save(training.contents(recipe, dataset))
         writer.wait()
         interrupted = progress.step < total
         if interrupted:
-            display.say(f"stopped at step {progress.step}; go on with: fathom pretrain {run.recipe} --resume")
+            display.say(
+                f"stopped at step {progress.step}; go on with: {fathom_command()} pretrain {run.recipe} --resume"
+            )
     return RunResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
 
 
@@ -301,6 +311,18 @@ def _start(recipe: PretrainRecipe, dataset: TokenDataset, checkpoint: Path | Non
     return Training(
         model, optimizer, loader, progress, ema, token_bytes(dataset.tokenizer, recipe.model.vocab_size, device())
     )
+
+
+def _announce(training: Training, recipe: PretrainRecipe, run: RunFolder, say: Callable[[str], None]) -> None:
+    """What is about to be trained, and where."""
+    say(f"run '{recipe.name}' in {run.path}")
+    parameters = count_parameters(recipe.model)
+    say(
+        f"model: {recipe.model.model_type}, {count(parameters.total)} parameters, {count(parameters.active)} active "
+        "per token"
+    )
+    if step := training.progress.step:
+        say(f"resuming from step {step} of {recipe.train.steps}")
 
 
 @torch.no_grad()

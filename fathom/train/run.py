@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fathom.config import PretrainRecipe, dump_recipe
+from fathom.data.dataset import is_data_folder
 from fathom.errors import UserError
+from fathom.model.checkpoint import resolve
 from fathom.train.schedule import full_micro_batches, lr_at
 from fathom.train.state import checkpoints, damage, read_checkpoint_recipe, sweep
 
@@ -183,6 +185,19 @@ def newest_model(folder: Path) -> Path | None:
     found = checkpoints(RunFolder(folder).checkpoints)
     whole = (path for path in reversed(found) if damage(path, digests=False) is None)
     return next(whole, found[-1] if found else None)
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the model lies that `path` names: the newest checkpoint of a run, a model folder, a `.gguf` file, or what
+    is fetched for a hub name. Raises `UserError`."""
+    run = RunFolder(Path(path).expanduser())
+    if (newest := newest_model(run.path)) is not None:
+        return newest
+    if run.recipe.exists():
+        raise UserError(f"{path}: this run has no checkpoint yet; train it on with --resume")
+    if is_data_folder(run.path):
+        raise UserError(f"{path}: holds tokens to train on, not a model; name a run or a model folder")
+    return resolve(path)
 
 
 def changed_fields(before: PretrainRecipe, now: PretrainRecipe) -> list[str]:

@@ -49,4 +49,5 @@ class StopRequest:
             os._exit(128 + number)
         self.asked = True
         # Not through a stream: the signal may have come in the middle of a write to it.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once\n".encode())
+        cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        os.write(2, f"\nstopping ({cause}): saving after this step; once more to stop at once\n".encode())

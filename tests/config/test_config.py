@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from fathom.config import PRESETS, ModelConfig, dump_recipe, from_hf, preset, read_config, read_recipe, to_hf
+from fathom.config import (
+    PRESETS,
+    ModelConfig,
+    dump_recipe,
+    explain_recipe,
+    from_hf,
+    preset,
+    read_config,
+    read_recipe,
+    to_hf,
+)
 from fathom.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
@@ -141,6 +151,41 @@ def test_recipe_file_can_unset_a_preset_field(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "r.toml", []).model.q_lora_rank is None
     with pytest.raises(UserError, match=r"'model\.hidden_size' = 'none'"):
         read_recipe(tmp_path / "r.toml", ["--model.hidden_size", "none"])
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [
+        (["--train.stepz", "3"], "--train.stepz: "),
+        (["--seed", "1", "--optimiser.lr", "3"], "--optimiser.lr: "),
+        (["--train.micro-batch", "-1", "--seed", "1"], "--train.micro_batch: "),
+        (["--train.batch_tokens", "1000"], f"{QUICKSTART} with --train.batch_tokens: "),
+        (["--seed", "1", "--model.n_group", "7"], f"{QUICKSTART} with --model.n_group: "),
+        (["--model.preset", "deepseek-v4"], f"{QUICKSTART} with --model.preset: "),
+    ],
+)
+def test_mistake_on_the_command_line_is_not_blamed_on_the_file(words: list[str], begins: str) -> None:
+    """What a flag broke begins with the flag; a rule between fields names the file and the flags it may be about."""
+    with pytest.raises(UserError) as raised:
+        read_recipe(QUICKSTART, words)
+    assert str(raised.value).startswith(begins)
+
+
+def test_mistake_in_the_file_is_not_blamed_on_a_flag(tmp_path: Path) -> None:
+    """A recipe's own typo begins with the file, whatever is overridden beside it."""
+    (tmp_path / "r.toml").write_text('name = "x"\n[model]\npreset = "fathom-tiny"\n[train]\nstepz = 3\n')
+    with pytest.raises(UserError, match=rf"^{tmp_path}/r\.toml: unknown key 'train\.stepz'"):
+        read_recipe(tmp_path / "r.toml", ["--train.steps", "5"])
+
+
+def test_explained_recipe_reads_back(tmp_path: Path) -> None:
+    """The listing of all fields is a recipe: the same one, unset fields and awkward texts included."""
+    awkward = ["--eval.sample_prompt", 'a\n"b"  # c', "--data.sources", '["a  b", "c"]']
+    recipe = read_recipe(QUICKSTART, ["--model.preset", "deepseek-v3", *awkward])
+    text = explain_recipe(recipe)
+    (tmp_path / "recipe.toml").write_text(text)
+    assert read_recipe(tmp_path / "recipe.toml", []) == recipe
+    assert "  # Optimizer steps." in text
 
 
 def test_recipe_that_is_a_folder_is_refused(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_malformed_json_lines_are_counted_with_file_and_line(tmp_path: Path) -> 
     assert texts == ["ok", "end"]
     assert skipped.examples == {
         "malformed JSON line": [f"{file}:2", f"{file}:8"],
-        "no 'text' text": [f"{file}:3", f"{file}:4", f"{file}:7"],
+        "no text in 'text'": [f"{file}:3", f"{file}:4", f"{file}:7"],
         "not UTF-8": [f"{file}:5", f"{file}:6"],
     }
     assert read(file, text_field="body")[0] == ["x"]
@@ -124,7 +124,7 @@ def test_damaged_parquet_is_skipped(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"x": ["y"]}), tmp_path / "c.parquet")
     texts, skipped = read(tmp_path)
     assert texts == ["good"]
-    assert skipped.counts == {"not UTF-8": 1, "no 'text' text": 2, "damaged Parquet": 1}
+    assert skipped.counts == {"not UTF-8": 1, "no text in 'text'": 2, "damaged Parquet": 1}
 
 
 def test_long_files_become_several_documents_that_join_to_the_file(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_hub_names_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     texts, skipped = read("hub:owner/name")
     assert texts == ["row one"]
     assert asked == [("owner/name", "train")]
-    assert json.dumps(skipped.counts) == '{"no \'text\' text": 1, "empty": 1}'
+    assert json.dumps(skipped.counts) == '{"no text in \'text\'": 1, "empty": 1}'
     with pytest.raises(UserError, match="no column 'body'; it has text, id"):
         read("hub:owner/name", text_field="body")
 

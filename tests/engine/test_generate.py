@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fathom.engine.generate import generate_ids
-from fathom.engine.sampling import Sampling, sample
+from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.model.transformer import Transformer
 from tests.model.configs import FAMILIES, V3, build
@@ -42,28 +42,6 @@ def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UserError, match="'seed' = "):
         Sampling.parse({"seed": seed}, where="generate")
     assert Sampling(seed=2**63 - 1).seed == 2**63 - 1
-
-
-def test_samples_follow_the_softmax() -> None:
-    """Frequencies of 40,000 draws fit softmax(logits / temperature) by a chi-square test far in its tail."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
-    expected = (logits / 0.8).softmax(0) * 40_000
-    drawn = sample(logits.expand(40_000, -1), Sampling(temperature=0.8), torch.Generator().manual_seed(0))
-    observed = torch.bincount(drawn, minlength=5)
-    assert float(((observed - expected) ** 2 / expected).sum()) < 23.5  # 4 degrees of freedom: p = 1e-4
-
-
-def test_nucleus_is_the_smallest_set() -> None:
-    """top_p keeps the most likely tokens until their sum reaches it, the first one always."""
-    logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log().expand(2000, -1)
-
-    def drawn(top_p: float) -> set[int]:
-        return set(sample(logits, Sampling(top_p=top_p), torch.Generator().manual_seed(0)).tolist())
-
-    assert drawn(0.01) == {1}
-    assert drawn(0.45) == {1}
-    assert drawn(0.75) == {1, 2}
-    assert drawn(1.0) == {0, 1, 2, 3}
 
 
 def test_stop_token_ends_the_text() -> None:

@@ -12,7 +12,8 @@ from rich.console import Console
 from fathom.config import PretrainRecipe, dump_recipe
 from fathom.data import build
 from fathom.errors import UserError
-from fathom.train.corpus import open_data
+from fathom.train import corpus
+from fathom.train.corpus import describe_data, open_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,32 @@ def test_under_the_default_path_every_field_asks(
     shutil.copytree(recipe.data.path, default.path)
     with pytest.raises(UserError, match=r"data\.sources asks for stdlib"):
         opened(recipe, path=default.path)
+
+
+def test_a_folder_that_is_not_there_is_a_typo(
+    recipe: PretrainRecipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that was only named is refused with the nearest data folder; with sources, or by default, it is built."""
+    built = []
+    monkeypatch.setattr(corpus, "build", lambda sources, path, **_: built.append((sources, path)))
+    typo = str(data.parent / "shrads")
+    with pytest.raises(UserError, match=rf"does not exist \(did you mean '{data}'\?\); .*--data\.sources"):
+        opened(recipe, path=typo)
+    assert built == []
+    monkeypatch.chdir(tmp_path)
+    default = PretrainRecipe.model_fields["data"].default
+    for path, sources in ((typo, ("notes",)), (default.path, default.sources)):
+        with pytest.raises(UserError, match="is not a data folder"):  # nothing was really built
+            opened(recipe, path=path, sources=sources)
+    assert built == [(("notes",), typo), (default.sources, default.path)]
+
+
+def test_data_are_described_before_they_are_there(recipe: PretrainRecipe, data: Path) -> None:
+    """What is there is said with its sources and sizes; what is not, with what it will be built from."""
+    console = Console(quiet=True)
+    assert f"built from {data.parent / 'text'}: " in describe_data(recipe, console)
+    section = recipe.data.replace(path="nowhere", sources=("notes", "more")).model_dump()
+    assert "does not exist and will be built from notes, more" in describe_data(recipe.replace(data=section), console)
 
 
 def test_a_larger_vocabulary_than_asked_for(recipe: PretrainRecipe, data: Path, tmp_path: Path) -> None:
@@ -102,7 +129,7 @@ def test_sigterm_while_data_are_built(recipe: PretrainRecipe, tmp_path: Path) ->
         "    print('building', flush=True)\n"
         "    time.sleep(60)\n"
         "corpus.build = build\n"
-        "sys.exit(main(['pretrain', 'recipe.toml', '--data.path', 'new']))"
+        "sys.exit(main(['pretrain', 'recipe.toml', '--data.path', 'new', '--data.sources', 'text']))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fathom.config import PretrainRecipe, preset
 from fathom.errors import UserError
 from fathom.model.transformer import Transformer
 from fathom.train.estimate import dry_run, estimate_memory, run_tokens
-from fathom.train.machine import measure_gemm_peak, use_bf16, use_compiler
+from fathom.train.machine import GemmSpeed, measure_gemm_peak, use_bf16, use_compiler
 from fathom.train.optimizers import build_optimizer
 from fathom.train.schedule import micro_batches_at
 
@@ -29,6 +30,7 @@ def test_optimizer_memory_is_what_the_optimizer_keeps(recipe: PretrainRecipe, op
     kept = sum(t.nbytes for name, t in optimizer_state.state_dict().items() if not name.endswith(".step"))
     assert memory.optimizer == kept
     assert memory.checkpoint_copy == memory.weights + memory.optimizer
+    assert memory.total > memory.program > 0
 
 
 def test_run_tokens_counts_the_ramp(recipe: PretrainRecipe) -> None:
@@ -42,15 +44,36 @@ def test_run_tokens_counts_the_ramp(recipe: PretrainRecipe) -> None:
     assert run_tokens(ramped) < 100 * 64
 
 
-def test_dry_run_of_the_largest_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_of_the_largest_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V3 itself can be estimated on a small machine: nothing of its size is allocated."""
-    monkeypatch.setattr(estimate, "measure_gemm_peak", lambda dtype: 8e11)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "measure_gemm", lambda dtype: GemmSpeed(peak=8e11, sustained=7.9e11, cores=1.0))
     recipe = PretrainRecipe(name="v3", model=preset("deepseek-v3"), data={"sequence_length": 4096},
                             train={"micro_batch": 1, "precision": "bf16"})  # fmt: skip
     output = io.StringIO()
     dry_run(recipe, Console(file=output, width=400))
-    for words in ("671,026,419,200", "37,552,297,472 active", "800 GFLOP/s", 'name = "v3"'):
+    for words in ("671,026,419,200", "37,552,297,472 active", "800 GFLOP/s", 'name = "v3"', "GFLOP per token of a",
+                  "does not exist and will be built from stdlib", "  # Optimizer steps."):  # fmt: skip
         assert words in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        (GemmSpeed(peak=4e11, sustained=3.6e11, cores=0.95), "about 1.0 minutes if"),
+        (GemmSpeed(peak=4e11, sustained=2e11, cores=1.0), "1.0 minutes to 2.0 minutes if"),
+        (GemmSpeed(peak=2e11, sustained=2e11, cores=0.5), "1.0 minutes to 2.0 minutes if"),
+    ],
+)
+def test_time_on_a_busy_machine_is_a_range(
+    speed: GemmSpeed, said: str, recipe: PretrainRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products that scatter, or a process that was not given its cores, make a range and the word busy."""
+    monkeypatch.setattr(estimate, "measure_gemm", lambda dtype: speed)
+    monkeypatch.setattr(estimate, "flops_per_token", lambda *_: 60 * 4e11 * 0.25 / run_tokens(recipe))
+    rows = dict(estimate.estimate_rows(recipe))
+    assert rows["time"].startswith(said)
+    assert ("busy" in rows["this machine"]) == ("to" in said)
 
 
 def test_peak_is_a_rate() -> None:

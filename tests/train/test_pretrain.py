@@ -187,6 +187,32 @@ def test_run_folder_holds_what_was_measured(recipe: PretrainRecipe, tmp_path: Pa
         assert words in output.getvalue()
 
 
+def test_run_says_what_it_is_before_the_first_step(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    """Name, folder and size come first; a resumed run says where it goes on; nothing compiles without saying so."""
+    said = []
+    for steps, resume in ((3, False), (4, True)):
+        output = io.StringIO()
+        changed = with_train(recipe, steps=steps)
+        console = Console(file=output, width=250)
+        pretrain(changed, console=console, runs=tmp_path, resume=resume, accept_changes=resume)
+        said.append(output.getvalue()[: output.getvalue().index("loss")])
+    assert all(f"run 'run' in {tmp_path / 'run'}" in lines and "active per token" in lines for lines in said)
+    assert ["resuming from step 3 of 4" in lines for lines in said] == [False, True]
+    assert "compiling" not in said[0]
+
+
+def test_share_is_of_the_largest_peak_so_far(
+    recipe: PretrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peak measured too low is corrected at the next evaluation, and one that is lower then is not believed."""
+    peaks = iter([1e9, 8e9, 2e9, 2e9])
+    monkeypatch.setattr(module, "measure_gemm_peak", lambda dtype: next(peaks))
+    folder = pretrain(recipe, console=Console(quiet=True), runs=tmp_path).folder
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+    ratios = [line["tokens_per_second"] / line["gemm_share"] for line in lines]  # evaluations after steps 3, 6, 8
+    assert [ratio / ratios[0] for ratio in ratios] == pytest.approx([1, 1, 1, 8, 8, 8, 8, 8])
+
+
 def test_metrics_after_the_step_are_cut(tmp_path: Path) -> None:
     """Opened at step 2, metrics and samples end there, a torn last line and a sample that looks like a heading too."""
     run = RunFolder(tmp_path)
@@ -279,7 +305,7 @@ def test_sigterm_exits_zero_and_says_how_to_go_on(recipe: PretrainRecipe, tmp_pa
     assert process.returncode == 0, said
     last = json.loads(written.read_text().splitlines()[-1])["step"]
     assert damage(tmp_path / f"runs/run/checkpoints/step_{last:08d}") is None
-    assert "go on with: fathom pretrain runs/run/recipe.toml --resume" in said
+    assert re.search(r"go on with: .*fathom(\.cli)? pretrain runs/run/recipe\.toml --resume", said)
 
 
 _TWICE = """

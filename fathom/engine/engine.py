@@ -1,0 +1,365 @@
+"""The built-in engine: continuous batching over a paged cache, on one machine.
+
+A thread of its own repeats one step: take in new requests, choose which tokens to compute, run the model once over all
+of them, draw, deliver. Sequences join and leave between any two steps. What a step computes (`Work`):
+
+* for every sequence that is writing, its last token, and behind it a draft if there is one;
+* of prompts that are still being read, up to `prefill_tokens` tokens altogether, the oldest request first, so that a
+  long prompt never keeps the others waiting for longer. Prompts are cut at multiples of that number, whatever else is
+  under way, so that every call of the model has the same shape for them.
+
+Memory is pages. A request is taken in when there are pages for its prompt; when writing needs more than there are, the
+youngest sequence gives all of its pages back and reads its text again later. Nothing of what is delivered changes by
+that: kernels compute a token alike whatever stands beside it, and the n-th draw of a request depends on its seed and n
+alone.
+
+Speculation (`drafts.py`): a model with a multi-token-prediction module guesses the token after the next one, and the
+next step checks the guess while it computes. What is delivered is distributed as without, and equal where greedy.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from fathom.config.section import Section
+from fathom.data.tokenizer import Tokenizer
+from fathom.engine.blocks import BlockPool
+from fathom.engine.complete import Completion, complete
+from fathom.engine.constraint import GrammarCompiler
+from fathom.engine.dense import dense_decoder
+from fathom.engine.output import OutputStream
+from fathom.engine.packing import Weights, packed
+from fathom.engine.protocol import Chunk, QueueFull, Request, Sampling, Statistics, Thinking
+from fathom.engine.sampling import SamplerState
+from fathom.engine.sequence import Sequence
+from fathom.engine.stepping import SINGLES_BELOW, Counts, Stepper, Work
+from fathom.engine.thinking import find_think_tags
+from fathom.errors import UserError
+from fathom.kernels.ops import PAGE, release_threads
+from fathom.model.paged import PagedCache
+from fathom.model.transformer import Transformer
+
+_log = logging.getLogger(__name__)
+
+
+class EngineSettings(Section):
+    """What an engine may use."""
+
+    cache_memory: int = 1 << 30
+    """Bytes for remembered keys and values; requests wait when it is full."""
+    max_running: int = Field(default=256, ge=1)
+    """Sequences that are computed at once, at most."""
+    queue: int = Field(default=1024, ge=1)
+    """Requests that may wait; more are refused."""
+    prefill_tokens: int = Field(default=256, ge=1)
+    """Tokens of prompts per step: more read prompts faster, and make those who are writing wait longer."""
+    context: int | None = Field(default=None, ge=1)
+    """Longest prompt and output together; None is what the model was made for."""
+    weights: Weights = "as loaded"
+    """`int8` rounds weights to blocks of int8: about twice as fast for a single stream, slightly different text."""
+    speculate: bool = True
+    """Draft with the model's multi-token-prediction module, if it has one."""
+
+
+class BuiltinTicket:
+    """A request under way in the built-in engine."""
+
+    def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
+        self._sequence, self._wake = sequence, wake
+
+    def cancel(self) -> None:
+        """Stop it soon. From any thread, any number of times."""
+        self._sequence.cancelled = True
+        self._wake()
+
+
+class Engine:
+    """A model that answers requests (`protocol.Engine`)."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: EngineSettings | None = None) -> None:
+        """Raises `UserError` where the settings do not fit the model or the machine."""
+        settings = settings or EngineSettings()
+        self._settings, self._tokenizer = settings, tokenizer
+        config = model.config
+        if settings.context is not None and settings.context > config.max_position_embeddings:
+            raise UserError(
+                f"context {settings.context} is more than the {config.max_position_embeddings} tokens of the model"
+            )
+        self.context = settings.context or config.max_position_embeddings
+        speculates = settings.speculate and config.num_nextn_predict_layers > 0
+        model = dense_decoder(packed(model, settings.weights))
+        dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
+        one_page = PagedCache(config, pages=1, dtype=dtype, mtp_layers=int(speculates)).nbytes()
+        pages = settings.cache_memory // one_page
+        if pages < 2:
+            raise UserError(f"cache_memory: {settings.cache_memory} bytes hold no two pages of {one_page}; give more")
+        # Nobody can ever hold more: memory that would stay untouched need not be asked for.
+        pages = min(pages, settings.max_running * -(-self.context // PAGE))
+        self._cache = PagedCache(config, pages=pages, dtype=dtype, mtp_layers=int(speculates))
+        self.bytes_per_token = one_page // PAGE
+        """Of the cache, over all layers."""
+        self._vocab_size = config.vocab_size
+        self._pool = BlockPool(pages)
+        self._stepper = Stepper(model, self._cache, self._pool, speculates=speculates)
+        self.think_tags = find_think_tags(tokenizer, config.vocab_size)
+        """How the model writes its thoughts, or None."""
+        self._grammars: GrammarCompiler | None = None
+        self._arrived: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._unfinished = 0
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._stopping = False
+        self._statistics = Statistics(cache_blocks=pages)
+        release_threads()  # from here on, the engine's thread computes
+        self._thread = threading.Thread(target=self._run, name="fathom-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> BuiltinTicket:
+        """Queue `request`; `deliver` is called from the engine's thread and must return at once.
+
+        Raises `UserError` for a request that cannot be served, `QueueFull` for one that cannot be now.
+        """
+        request = self._checked(request)
+        matcher = None
+        if request.constraint is not None:
+            matcher = self._compiler().start(request.constraint)
+        sequence = Sequence(
+            request,
+            deliver,
+            sampler=SamplerState.start(request.sampling, request.prompt_ids, self._vocab_size),
+            output=OutputStream(self._tokenizer, request, self.think_tags),
+            matcher=matcher,
+        )
+        with self._lock:
+            if self._closing:
+                raise QueueFull("the engine is shutting down; try another one")
+            if self._unfinished - len(self._running) >= self._settings.queue:
+                raise QueueFull(f"{self._settings.queue} requests are waiting already; try again later")
+            self._unfinished += 1
+            self._arrived.put(sequence)
+        self._wake.set()
+        return BuiltinTicket(sequence, self._wake.set)
+
+    def generate(
+        self,
+        prompts: Iterable[str | list[int]],
+        *,
+        max_tokens: int = 256,
+        thinking_budget: int | None = None,
+        stop: tuple[str, ...] = (),
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Complete all prompts together, texts or token ids; in their order.
+
+        `sampling` are fields of `protocol.Sampling` (temperature, top_p, seed, …). Raises `UserError`.
+        """
+        thinking = None if thinking_budget is None else Thinking(budget=thinking_budget)
+        start = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
+        requests = [
+            Request(
+                start + self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+                max_tokens,
+                Sampling.parse(sampling, where="generate"),
+                stop=stop,
+                thinking=thinking,
+            )
+            for prompt in prompts
+        ]
+        return complete(self, requests)
+
+    def statistics(self) -> Statistics:
+        """Counters and levels, from any thread."""
+        return self._statistics
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Take no more requests, let running ones finish for this long, cancel the rest, and end the thread."""
+        with self._lock:
+            self._closing = True
+        until = time.monotonic() + drain_seconds
+        while self._unfinished and time.monotonic() < until:
+            time.sleep(0.02)
+        self._stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _checked(self, request: Request) -> Request:
+        length = len(request.prompt_ids)
+        outside = next((t for t in request.prompt_ids if not 0 <= t < self._vocab_size), None)
+        if not length:
+            raise UserError("the prompt has no tokens; give some text to continue")
+        if outside is not None:
+            raise UserError(f"prompt: there is no token {outside}; ids go from 0 to {self._vocab_size - 1}")
+        if length >= self.context:
+            raise UserError(f"the prompt has {length} tokens, but the context is {self.context}; shorten it")
+        if request.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        most = min(self.context, self._pool.count * PAGE)
+        if length >= most:
+            raise UserError(
+                f"the prompt has {length} tokens, but the cache holds {most}; shorten it or give more memory"
+            )
+        return replace(request, max_tokens=min(request.max_tokens, most - length))
+
+    def _compiler(self) -> GrammarCompiler:
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size)
+            return self._grammars
+
+    # ------------------------------------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while not self._stopping:
+                try:
+                    self._take_in()
+                    if not self._running:
+                        self._report()
+                        self._wake.wait()
+                        self._wake.clear()
+                        continue
+                    for sequence in self._step():
+                        sequence.deliver()
+                except Exception as error:  # a defect: nobody may wait for ever
+                    _log.exception("the engine failed; all of its requests are ended")
+                    self._fail(error)
+            for sequence in [*self._running, *self._waiting, *self._drain_arrived()]:
+                self._cancel(sequence)
+
+    def _fail(self, error: Exception) -> None:
+        """End all requests and begin with an empty cache: after a defect, who holds what is not to be trusted."""
+        ended = [*self._running, *self._waiting]
+        self._running, self._waiting = [], deque()
+        self._pool.clear()
+        with self._lock:
+            self._unfinished -= len(ended)
+        self._report()
+        for sequence in ended:
+            sequence.end("error", f"{type(error).__name__} in the engine")
+            sequence.deliver()
+
+    def _drain_arrived(self) -> Iterator[Sequence]:
+        while not self._arrived.empty():
+            yield self._arrived.get()
+
+    def _take_in(self) -> None:
+        """Drop who has cancelled; start who waits, in order, while there is room."""
+        self._waiting.extend(self._drain_arrived())
+        for sequence in [s for s in (*self._running, *self._waiting) if s.cancelled]:
+            self._cancel(sequence)
+        while self._waiting and len(self._running) < self._settings.max_running:
+            sequence = self._waiting[0]
+            sequence.adopt_prefix(self._pool)
+            # A page more than the text needs, or it would be the first to give all back.
+            if sequence.pages_missing(len(sequence.tokens) + 1) > self._pool.available - self._reserve():
+                sequence.release(self._pool)
+                return
+            if not sequence.admitted:
+                sequence.admitted = True
+                self._statistics = replace(
+                    self._statistics,
+                    prompt_tokens=self._statistics.prompt_tokens + sequence.prompt_length,
+                    cached_tokens=self._statistics.cached_tokens + sequence.computed,
+                )
+            self._running.append(self._waiting.popleft())
+
+    def _reserve(self) -> int:
+        """Pages that running sequences still lack for their known texts."""
+        return sum(s.pages_missing(len(s.tokens) + 1) for s in self._running)
+
+    def _step(self) -> list[Sequence]:
+        """Returns the sequences that have something to deliver, when the counters already know of it."""
+        work = self._plan()
+        counts = Counts()
+        try:
+            counts = self._stepper.step(work)
+        except Exception as error:  # a defect: those it hits are told, the others and the engine live on
+            _log.exception("a step of the engine failed")
+            for item in work:
+                item.sequence.end("error", f"{type(error).__name__} in the engine")
+        for item in work:
+            if item.sequence.finished:
+                self._let_go(item.sequence)
+        self._statistics = replace(
+            self._statistics,
+            completion_tokens=self._statistics.completion_tokens + counts.drawn,
+            drafted_tokens=self._statistics.drafted_tokens + counts.drafted,
+            accepted_tokens=self._statistics.accepted_tokens + counts.accepted,
+        )
+        self._report()
+        return [item.sequence for item in work]
+
+    def _plan(self) -> list[Work]:
+        """What to compute now, with pages for all of it."""
+        work: list[Work] = []
+        budget = self._settings.prefill_tokens
+        for sequence in list(self._running):
+            if sequence not in self._running:  # it gave its pages back to an older one
+                continue
+            known = len(sequence.tokens)
+            reads = known - sequence.computed > 1
+            draft = None if reads else sequence.draft
+            stop = known
+            if reads:
+                chunk = self._settings.prefill_tokens
+                borders = (SINGLES_BELOW, sequence.prompt_length, known)
+                border = next(border for border in borders if border > sequence.computed)
+                stop = min((sequence.computed // chunk + 1) * chunk, border, known)
+                if stop - sequence.computed > budget:
+                    continue
+                budget -= stop - sequence.computed
+            if not self._provide(sequence, stop + (draft is not None), work):
+                continue
+            work.append(Work(sequence, sequence.computed, stop, draft))
+        return work
+
+    def _provide(self, sequence: Sequence, length: int, work: list[Work]) -> bool:
+        """Pages for `length` tokens, youngest sequences giving theirs back if need be; False if it is one."""
+        for _ in range(sequence.pages_missing(length)):
+            page = self._pool.take()
+            while page is None:
+                youngest = self._running.pop()
+                work[:] = [item for item in work if item.sequence is not youngest]
+                youngest.release(self._pool)
+                self._waiting.appendleft(youngest)
+                if youngest is sequence:
+                    return False
+                page = self._pool.take()
+            sequence.pages.append(page)
+        return True
+
+    def _cancel(self, sequence: Sequence) -> None:
+        """End it, unless it has just ended, and tell it."""
+        self._let_go(sequence)
+        sequence.end("cancelled")
+        self._report()
+        sequence.deliver()
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Forget a sequence and give back what it holds."""
+        sequence.release(self._pool)
+        for place in (self._running, self._waiting):
+            if sequence in place:
+                place.remove(sequence)
+        with self._lock:
+            self._unfinished -= 1
+
+    def _report(self) -> None:
+        self._statistics = replace(
+            self._statistics,
+            running=len(self._running),
+            waiting=len(self._waiting) + self._arrived.qsize(),
+            cache_blocks_used=self._pool.used,
+        )

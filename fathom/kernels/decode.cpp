@@ -1,0 +1,104 @@
+// Kernels for running a model on a CPU, most of all for decoding: few rows of activations against all of the weights.
+//
+// Theory
+// ------
+// One decoded token reads every weight once, so a step cannot be faster than (bytes of weights) / (memory bandwidth).
+// With many rows it cannot be faster than the processor's multipliers. Both limits are met by one loop over weights
+// that were packed beforehand: a *panel* holds PANEL outputs, and lies in memory in the order in which it is multiplied,
+//
+//     bfloat16   [N / PANEL][K / 2][PANEL][2]        float32   [N / PANEL][K][PANEL]
+//     int8       [N / PANEL][K / 4][PANEL][4], one bfloat16 scale per output and 64 inputs: [N / PANEL][K / 64][PANEL]
+//
+// (N is filled up with zeros.) A lane of a register is an output, an activation is broadcast to all lanes, and up to
+// ROWS rows share what was loaded. So one row reads memory in a straight line, and many rows run near the multipliers'
+// peak; nothing is ever summed across lanes.
+//
+// **Every output is one chain of additions along K**, whatever else is in the batch: a row's result is the same to the
+// bit alone, among 64, and in a long prompt. That is what lets a served text not depend on who else is being served.
+//
+// int8 weights meet activations that are rounded to int8 in the same blocks of 64 on the way in. Weights are kept as
+// value + 128 because the processor multiplies unsigned by signed bytes; 128 times the sum of a block's activations is
+// what every chain starts below zero with.
+//
+// Attention reads pages of PAGE tokens, so that requests can share them.
+
+#include "layers.h"
+
+extern "C" {
+
+// Ends the threads that wait for this thread's next parallel loop. They count as busy: with more of them than cores, all
+// of a program's loops stop waiting actively, and every one of a decoding step's hundreds begins with a system call.
+void fathom_release_threads() { omp_pause_resource_all(omp_pause_soft); }
+
+#define FATHOM_PRODUCTS(NAME, T, W, SCALES, WEIGHTS)                                                                      \
+    void fathom_linear_##NAME(const T* x, long ldx, const W* w, const bf16* scales, const T* bias, T* y, long M, long N,  \
+                              long K) {                                                                                   \
+        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, bias, y, M, N);                                 \
+    }                                                                                                                     \
+    void fathom_linear_wide_##NAME(const T* x, long ldx, const W* w, const bf16* scales, const T* bias, float* y, long M, \
+                                   long N, long K) {                                                                      \
+        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, bias, y, M, N);                                 \
+    }                                                                                                                     \
+    void fathom_swiglu_##NAME(const T* x, long ldx, const W* w, const bf16* scales, T* y, long M, long I, long K) {       \
+        swiglu(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, y, M, I);                                       \
+    }                                                                                                                     \
+    void fathom_experts_##NAME(const T* x, const int32_t* order, const int32_t* ends, const float* weights,               \
+                               const W* gate_up, const bf16* gate_up_scales, const W* down, const bf16* down_scales,      \
+                               T* hidden, float* parts, T* y, long tokens, long slots, long count, long D, long I) {      \
+        experts(x, order, ends, weights, WEIGHTS{gate_up SCALES(gate_up_scales), D}, WEIGHTS{down SCALES(down_scales), I}, \
+                hidden, parts, y, tokens, slots, count, D, I);                                                            \
+    }
+
+#define FATHOM_DENSE(NAME, T, WEIGHTS, MAKE)                                                                              \
+    void fathom_dense_layers_##NAME(T* x, const DenseLayer<T>* layers, const float* cos, const float* sin,                \
+                                    const int64_t* places, const int32_t* tables, const int32_t* visible, long tokens,    \
+                                    long count, long hidden, long heads, long groups, long head, long inner,              \
+                                    long table_width, float scale, float eps) {                                           \
+        DenseShape shape{tokens, count, hidden, heads, groups, head, inner, table_width};                                 \
+        auto make = [](const void* w, const void* scales, long K) { (void)scales; return MAKE; };                         \
+        dense_layers<WEIGHTS>(x, layers, shape, cos, sin, places, tables, visible, scale, eps, make);                     \
+    }
+
+#define FATHOM_NO_SCALES(scales)
+#define FATHOM_SCALES(scales) , scales
+
+FATHOM_PRODUCTS(bf16, bf16, bf16, FATHOM_NO_SCALES, Bf16Weights)
+FATHOM_PRODUCTS(f32, float, float, FATHOM_NO_SCALES, FloatWeights)
+FATHOM_PRODUCTS(int8, bf16, uint8_t, FATHOM_SCALES, Int8Weights)
+
+void fathom_heads_linear_bf16(const bf16* x, long head_stride, const bf16* w, bf16* y, long tokens, long heads, long N,
+                              long K) {
+    heads_linear(x, head_stride * heads, Bf16Weights{w, K}, y, tokens, heads, N, K);
+}
+void fathom_heads_linear_f32(const float* x, long head_stride, const float* w, float* y, long tokens, long heads, long N,
+                             long K) {
+    heads_linear(x, head_stride * heads, FloatWeights{w, K}, y, tokens, heads, N, K);
+}
+
+FATHOM_DENSE(bf16, bf16, Bf16Weights, (Bf16Weights{(const bf16*)w, K}))
+FATHOM_DENSE(f32, float, FloatWeights, (FloatWeights{(const float*)w, K}))
+FATHOM_DENSE(int8, bf16, Int8Weights, (Int8Weights{(const uint8_t*)w, (const bf16*)scales, K}))
+
+#define FATHOM_FOR_TYPE(T, NAME)                                                                                          \
+    void fathom_paged_attention_##NAME(const T* q, const T* keys, const T* values, T* out, const int32_t* tables,         \
+                                       const int32_t* visible, long tokens, long heads, long groups, long key_width,      \
+                                       long value_width, long key_page, long value_page, long key_token,                  \
+                                       long value_token, long table_width, float scale) {                                 \
+        paged_attention(q, keys, values, out, tables, visible, tokens, heads, groups, key_width, value_width, key_page,   \
+                        value_page, key_token, value_token, table_width, scale);                                          \
+    }                                                                                                                     \
+    void fathom_write_pages_##NAME(const T* rows, long stride, T* pages, const int64_t* places, long tokens, long groups, \
+                                   long width) {                                                                          \
+        write_pages(rows, stride, pages, places, tokens, groups, width);                                                  \
+    }                                                                                                                     \
+    void fathom_rms_norm_##NAME(const T* x, long ldx, const float* weight, T* y, long M, long D, float eps) {             \
+        rms_norm(x, ldx, weight, y, M, D, eps);                                                                           \
+    }                                                                                                                     \
+    void fathom_rotate_##NAME(const T* x, long ldx, long head_stride, const float* cos, const float* sin, T* y, long M,   \
+                              long heads, long half, int interleaved) {                                                   \
+        rotate(x, ldx, head_stride, cos, sin, y, M, heads, half, interleaved != 0);                                       \
+    }
+
+FATHOM_FOR_TYPE(bf16, bf16)
+FATHOM_FOR_TYPE(float, f32)
+}

@@ -1,0 +1,293 @@
+"""The kernels as functions of tensors on a CPU. Results are new tensors; nothing is differentiable.
+
+Weights come packed in panels (`decode.cpp` has the layout and the reasons). Where a weight cannot be packed `pack` says
+so, and its layer stays as it is.
+"""
+
+import ctypes
+import functools
+from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fathom.kernels.library import library
+
+PANEL = 32
+"""Outputs that are computed together."""
+PAGE = 64
+"""Tokens in a page of the cache."""
+INT8_BLOCK = 64
+"""Inputs that share an int8 weight's scale."""
+
+_ARGUMENTS = {
+    "linear": [c_void_p, c_long, *[c_void_p] * 4, *[c_long] * 3],
+    "linear_wide": [c_void_p, c_long, *[c_void_p] * 4, *[c_long] * 3],
+    "swiglu": [c_void_p, c_long, *[c_void_p] * 3, *[c_long] * 3],
+    "experts": [*[c_void_p] * 11, *[c_long] * 5],
+    "heads_linear": [c_void_p, c_long, *[c_void_p] * 2, *[c_long] * 4],
+    "paged_attention": [*[c_void_p] * 6, *[c_long] * 10, c_float],
+    "rms_norm": [c_void_p, c_long, *[c_void_p] * 2, *[c_long] * 2, c_float],
+    "write_pages": [c_void_p, c_long, *[c_void_p] * 2, *[c_long] * 3],
+    "release_threads": [],
+    "dense_layers": [*[c_void_p] * 7, *[c_long] * 8, c_float, c_float],
+    "rotate": [c_void_p, *[c_long] * 2, *[c_void_p] * 3, *[c_long] * 3, c_int],
+}
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "int8"}
+
+
+@functools.cache
+def _kernel(name: str, dtype: torch.dtype | None = None) -> ctypes._CFuncPtr:
+    built = library()
+    assert built is not None, "kernels are called only where there are some"
+    function = getattr(built, f"fathom_{name}" if dtype is None else f"fathom_{name}_{_NAMES[dtype]}")
+    function.argtypes, function.restype = _ARGUMENTS[name], None
+    return function
+
+
+def release_threads() -> None:
+    """End the calling thread's idle OpenMP threads, when another thread is to do the work from now on.
+
+    Left alone they make every parallel loop of the program about 30 microseconds slower on a machine with few cores.
+    """
+    if library() is not None:
+        _kernel("release_threads")()
+
+
+def usable(x: Tensor) -> bool:
+    """Whether there are kernels for tensors like `x`."""
+    return x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" and library() is not None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [N, K], or several of one shape, in panels."""
+
+    panels: Tensor
+    """[…, N / PANEL, K / 2, PANEL, 2] bfloat16, [… K, PANEL] float32 or [… K / 4, PANEL, 4] uint8."""
+    scales: Tensor | None
+    """[…, N / PANEL, K / 64, PANEL] bfloat16 for uint8, else None."""
+    outputs: int
+    inputs: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return torch.bfloat16 if self.scales is not None else self.panels.dtype
+
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def pointers(self) -> tuple[int, int | None]:
+        """Addresses of panels and scales."""
+        return self.panels.data_ptr(), None if self.scales is None else self.scales.data_ptr()
+
+
+def pack(weight: Tensor, *, int8: bool = False) -> Packed | None:
+    """weight […, N, K], bfloat16 or float32 on a CPU, in panels; None where the kernels cannot take it.
+
+    With `int8` the weight must be bfloat16 and K a multiple of 64: blocks of 64 inputs are rounded to 255 steps, the
+    largest of a block being ±127 of its scale (which is rounded to bfloat16 first).
+    """
+    group = 4 if int8 else 2 if weight.dtype is torch.bfloat16 else 1
+    known = weight.dtype is torch.bfloat16 or (weight.dtype is torch.float32 and not int8)
+    inputs = weight.shape[-1]
+    if not known or weight.device.type != "cpu" or inputs % (INT8_BLOCK if int8 else group) or library() is None:
+        return None
+    outputs = weight.shape[-2]
+    values, scales = quantise_int8(weight) if int8 else (weight.detach(), None)
+    panels = _in_panels(values, fill=128 if int8 else 0).unflatten(-1, (-1, group)).transpose(-3, -2).contiguous()
+    if scales is not None:
+        scales = _in_panels(scales, fill=0).transpose(-2, -1).contiguous()
+    return Packed(panels.squeeze(-1) if group == 1 else panels, scales, outputs, inputs)
+
+
+def _in_panels(matrix: Tensor, fill: int) -> Tensor:
+    """[…, N, K] -> […, panels, PANEL, K], filled up."""
+    missing = -matrix.shape[-2] % PANEL
+    if missing:
+        matrix = torch.cat((matrix, matrix.new_full((*matrix.shape[:-2], missing, matrix.shape[-1]), fill)), dim=-2)
+    return matrix.unflatten(-2, (-1, PANEL))
+
+
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight […, N, K] -> (values + 128 […, N, K] uint8, scales […, N, K / 64] bfloat16)."""
+    blocks = weight.detach().float().unflatten(-1, (-1, INT8_BLOCK))
+    scales = (blocks.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    steps = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(-1)
+    values = (blocks / steps).round().clamp(-127, 127) + 128
+    return values.to(torch.uint8).flatten(-2), scales
+
+
+def dequantise_int8(values: Tensor, scales: Tensor) -> Tensor:
+    """What `quantise_int8` kept, float32 […, N, K]."""
+    blocks = (values.float() - 128).unflatten(-1, (-1, INT8_BLOCK))
+    return (blocks * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` [..., width] as rows one stride apart: (itself or a copy, the stride)."""
+    if x.stride(-1) != 1 or not (x.is_contiguous() or x.dim() == 2):
+        x = x.contiguous()
+    # A contiguous tensor may have any stride where a dimension is 1.
+    return x, x.shape[-1] if x.is_contiguous() else x.stride(-2)
+
+
+def linear(x: Tensor, weight: Packed, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """x [..., K] -> [..., N] = x Wᵀ + bias, in the dtype of `x` or, if `wide`, unrounded in float32."""
+    x, stride = _rows(x)
+    y = torch.empty(*x.shape[:-1], weight.outputs, dtype=torch.float32 if wide else x.dtype)
+    _kernel("linear_wide" if wide else "linear", weight.panels.dtype)(
+        x.data_ptr(), stride, *weight.pointers(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.numel() // weight.inputs, weight.outputs, weight.inputs,
+    )  # fmt: skip
+    return y
+
+
+def swiglu(x: Tensor, gate_up: Packed, inner: int) -> Tensor:
+    """x [..., K] -> [..., I] = silu(gate x) · up x, for weights that `interleave` made of matrices [I, K]."""
+    x, stride = _rows(x)
+    y = torch.empty(*x.shape[:-1], inner, dtype=x.dtype)
+    _kernel("swiglu", gate_up.panels.dtype)(
+        x.data_ptr(), stride, *gate_up.pointers(), y.data_ptr(), x.numel() // gate_up.inputs, inner, gate_up.inputs
+    )
+    return y
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up […, I, K] -> […, 2 I, K]: PANEL rows of one, PANEL of the other, each filled up with zeros."""
+    both = torch.stack((_in_panels(gate, fill=0), _in_panels(up, fill=0)), dim=-3)
+    return both.flatten(-4, -2)
+
+
+def experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+    """Weighted sum of the chosen experts as in `fathom.model.experts.routed_experts`; `interleave` made gate_up."""
+    (tokens, width), slots, count = x.shape, expert_ids.shape[1], down.panels.shape[0]
+    sorted_ids, order = expert_ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(count), right=True).to(torch.int32)
+    x, order, weights = x.contiguous(), order.to(torch.int32), weights.float().contiguous()
+    hidden, parts = x.new_empty(tokens * slots, down.inputs), weights.new_empty(tokens * slots, width)
+    y = torch.empty_like(x)
+    _kernel("experts", gate_up.panels.dtype)(
+        x.data_ptr(), order.data_ptr(), ends.data_ptr(), weights.data_ptr(), *gate_up.pointers(), *down.pointers(),
+        hidden.data_ptr(), parts.data_ptr(), y.data_ptr(), tokens, slots, count, width, down.inputs,
+    )  # fmt: skip
+    return y
+
+
+def heads_linear(x: Tensor, weight: Packed) -> Tensor:
+    """x [T, H, K] -> [T, H, N], each head by its own matrix of `weight` [H, …]."""
+    x = x.contiguous()
+    tokens, heads, width = x.shape
+    y = torch.empty(tokens, heads, weight.outputs, dtype=x.dtype)
+    _kernel("heads_linear", x.dtype)(
+        x.data_ptr(), width, weight.panels.data_ptr(), y.data_ptr(), tokens, heads, weight.outputs, width
+    )
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension; weight float32."""
+    x, stride = _rows(x)
+    y, width = torch.empty(x.shape, dtype=x.dtype), x.shape[-1]
+    _kernel("rms_norm", x.dtype)(x.data_ptr(), stride, weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotary embedding of x [T, heads, 2 h], any strides over tokens and heads, by cos, sin [T, h] float32."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    tokens, heads, width = x.shape
+    _kernel("rotate", x.dtype)(
+        x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), y.data_ptr(),
+        tokens, heads, width // 2, interleaved,
+    )  # fmt: skip
+    return y
+
+
+def write_pages(rows: Tensor, pages: Tensor, places: Tensor) -> None:
+    """Copy rows [T, G, width] (heads and their numbers side by side) to `places` [T] int64, page · PAGE + offset, of
+    pages [P, G, PAGE, width]."""
+    tokens, groups, width = rows.shape
+    if rows.stride()[1:] != (width, 1):
+        rows = rows.contiguous()
+    _kernel("write_pages", rows.dtype)(
+        rows.data_ptr(), rows.stride(0), pages.data_ptr(), places.data_ptr(), tokens, groups, width
+    )
+
+
+def attention_fits(q: Tensor, key_width: int, value_width: int) -> bool:
+    """Whether `paged_attention` takes such queries and heads of these widths."""
+    return usable(q) and key_width % 32 == 0 and value_width % 16 == 0
+
+
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Attention of single tokens over pages.
+
+    Args:
+        q: [T, H, Dk].
+        keys: [pages, G, PAGE, Dk], H a multiple of G.
+        values: [pages, G, PAGE, Dv]; for latent attention a view of the first part of the keys.
+        tables: [T, width] int32: for every token, the pages of its sequence in order.
+        visible: [T] int32: how many positions each token sees, at least 1.
+        scale: factor on the scores.
+
+    Returns:
+        [T, H, Dv].
+    """
+    tokens, heads, key_width = q.shape
+    q, out = q.contiguous(), torch.empty(tokens, heads, values.shape[-1], dtype=q.dtype)
+    _kernel("paged_attention", q.dtype)(
+        q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), tables.data_ptr(), visible.data_ptr(),
+        tokens, heads, keys.shape[1], key_width, values.shape[-1], keys.stride(0), values.stride(0),
+        keys.stride(2), values.stride(2), tables.shape[1], scale,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class DenseShape:
+    """Sizes that all layers of a dense decoder share."""
+
+    hidden: int
+    heads: int
+    groups: int
+    head: int
+    inner: int
+    scale: float
+    eps: float
+
+
+def dense_layers(
+    x: Tensor,
+    layers: Tensor,
+    weights: torch.dtype,
+    shape: DenseShape,
+    rope: tuple[Tensor, Tensor],
+    places: Tensor,
+    tables: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """All layers of a dense decoder over single tokens.
+
+    Args:
+        x: [T, hidden].
+        layers: int64 [L, 16], the addresses that `DenseLayer` in `layers.h` lists.
+        weights: dtype of the panels, uint8 for int8 ones.
+        shape: what the layers share.
+        rope: cos and sin [T, head / 2] float32.
+        places, tables, visible: as in `write_pages` and `paged_attention`.
+
+    Returns:
+        [T, hidden], before the final norm.
+    """
+    x = x.clone(memory_format=torch.contiguous_format)
+    cos, sin = (t.contiguous() for t in rope)
+    _kernel("dense_layers", weights)(
+        x.data_ptr(), layers.data_ptr(), cos.data_ptr(), sin.data_ptr(), places.data_ptr(), tables.data_ptr(),
+        visible.data_ptr(), x.shape[0], layers.shape[0], shape.hidden, shape.heads, shape.groups, shape.head,
+        shape.inner, tables.shape[1], shape.scale, shape.eps,
+    )  # fmt: skip
+    return x

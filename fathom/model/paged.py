@@ -1,0 +1,144 @@
+"""A cache in pages of 64 tokens, for many sequences at once.
+
+Every layer has a pool of pages [pages, heads, PAGE, width]; a sequence owns a list of page numbers and nothing else, so
+pages can be shared between sequences that begin alike and return to the pool one by one. For latent attention a
+position is one row of width kv_lora_rank + rope, the values being its first part; for grouped-query attention keys and
+values have a pool each.
+
+One call of the model may mix single tokens (decoding, verification of drafts) and stretches (parts of prompts): tokens
+of all sequences stand in one row, and a `PagedCall` says of each where it goes and what it sees.
+
+Legend: T tokens of a call, P pages, G key/value heads.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fathom.config.model import ModelConfig
+from fathom.kernels import ops as kernels
+from fathom.kernels.ops import PAGE
+from fathom.model.attention_core import QUERY_BLOCK
+from fathom.model.cache import Slots
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens of one sequence, rows start..stop of a call."""
+
+    start: int
+    stop: int
+    pages: Tensor
+    """[p] int64: the sequence's pages, up to the last token of the stretch."""
+    past: int
+    """Tokens of the sequence before the stretch."""
+
+    @property
+    def missing(self) -> int:
+        """Positions behind the stretch up to the end of its last block of queries.
+
+        Attention sums over whole blocks, filled up with zeros: so a token's bits do not depend on where its text ends.
+        """
+        return -(self.past + self.stop - self.start) % QUERY_BLOCK
+
+
+class PagedCache:
+    """The pools of all layers, MTP modules' behind the others if asked for."""
+
+    def __init__(self, config: ModelConfig, *, pages: int, dtype: torch.dtype, mtp_layers: int = 0) -> None:
+        def pool(heads: int, width: int) -> Tensor:
+            return torch.zeros(pages, heads, PAGE, width, dtype=dtype)
+
+        def pools() -> tuple[Tensor, Tensor | None]:
+            if config.kv_lora_rank is not None:
+                return pool(1, config.kv_lora_rank + config.qk_rope_head_dim), None
+            heads, width = config.key_value_heads, config.dense_head_dim
+            return pool(heads, width), pool(heads, width)
+
+        self.pages = pages
+        self.value_width = config.kv_lora_rank or config.dense_head_dim
+        self.pools = [pools() for _ in range(config.num_hidden_layers + mtp_layers)]
+
+    def nbytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(t.nbytes for pair in self.pools for t in pair if t is not None)
+
+
+@dataclass(frozen=True)
+class PagedCall:
+    """Where the tokens of one call go in the pools, and what each of them sees; the same for every layer."""
+
+    cache: PagedCache
+    positions: Tensor
+    """[T] int64."""
+    places: Tensor
+    """[T] int64: page · PAGE + offset."""
+    singles: int
+    """The first tokens of the call, which attend one by one."""
+    tables: Tensor
+    """[singles, width] int32: pages of each one's sequence."""
+    visible: Tensor
+    """[singles] int32: positions that each one sees, itself included."""
+    stretches: list[Stretch] = field(default_factory=list)
+    """What stands behind the single tokens."""
+
+    def slots(self, time: int) -> Slots:
+        """The positions in the form that the model asks caches for."""
+        assert time == self.positions.shape[0], f"{time=} {self.positions.shape=}"
+        return Slots(self.positions.unsqueeze(0), end=0, from_empty=False)
+
+    def advance(self, lengths: Tensor | int) -> None:
+        """Nothing: whoever owns the sequences counts their tokens."""
+
+    @functools.cached_property
+    def layers(self) -> list["PagedLayer"]:
+        """One view per layer."""
+        return [PagedLayer(self, *pools) for pools in self.cache.pools]
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """One layer's pools during a call."""
+
+    call: PagedCall
+    keys: Tensor
+    values: Tensor | None
+    """None where values are the first part of the keys."""
+
+    def write(self, *rows: Tensor) -> None:
+        """Store the call's tokens: one tensor [T, G, width] per pool."""
+        for pool, new in zip((self.keys, self.values), rows, strict=False):
+            assert pool is not None
+            if kernels.usable(new):
+                kernels.write_pages(new, pool, self.call.places)
+            else:
+                pool[self.call.places // PAGE, :, self.call.places % PAGE] = new
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """Attention of the call's single tokens: q [singles, H, Dk] -> [singles, H, Dv]."""
+        values = self.keys[..., : self.call.cache.value_width] if self.values is None else self.values
+        if kernels.attention_fits(q, q.shape[-1], values.shape[-1]):
+            return kernels.paged_attention(q, self.keys, values, self.call.tables, self.call.visible, scale)
+        return _attend(q, self.keys, values, self.call.tables, self.call.visible, scale)
+
+    def read(self, stretch: Stretch) -> list[Tensor]:
+        """All that a stretch's sequence has stored, the stretch included: [1, G, past + length + missing, width] per
+        pool, the missing being zeros."""
+        length = stretch.past + stretch.stop - stretch.start
+        pools = [pool for pool in (self.keys, self.values) if pool is not None]
+        stored = [pool[stretch.pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in pools]
+        return [F.pad(rows, (0, 0, 0, stretch.missing)) for rows in stored]
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`kernels.paged_attention` in PyTorch: pages are copied together for every token."""
+    groups, share = keys.shape[1], q.shape[1] // keys.shape[1]
+    k, v = (pool[tables.long()].transpose(1, 2).flatten(2, 3) for pool in (keys, values))  # [T, G, S, …]
+    scores = (q.unflatten(1, (groups, share)) @ k.mT).float() * scale
+    hidden = (torch.arange(k.shape[2], device=q.device) >= visible[:, None])[:, None, :, None]  # [T, 1, S, 1]
+    weights = scores.masked_fill(hidden.mT, float("-inf")).softmax(dim=-1).to(q.dtype)
+    # What a page held before may be no number, and 0 times that is none either.
+    return (weights @ v.masked_fill(hidden, 0.0)).flatten(1, 2)
