@@ -13,13 +13,25 @@ from collections.abc import Sequence
 
 from fathom.kernels.ops import PAGE
 
+SINGLES_BELOW = 256
+"""Prompts are read token by token up to here (cheap while little is remembered), in stretches from here on."""
 
-def block_keys(tokens: Sequence[int], *, salt: str, known: list[bytes] | None = None) -> list[bytes]:
-    """Keys of all full blocks of `tokens`; texts of unlike salt share none. `known` are those of the first blocks."""
+
+def block_keys(
+    tokens: Sequence[int], *, salt: str, prompt_length: int, known: list[bytes] | None = None
+) -> list[bytes]:
+    """Keys of all full blocks of `tokens`, of which the first `prompt_length` were a prompt.
+
+    Texts of unlike salt share none. Nor do a prompt and an answer that read alike, from SINGLES_BELOW on: a prompt is
+    computed in stretches there and an answer token by token, which round differently. `known` are the first keys.
+    """
     keys = list(known or [])
     for start in range(len(keys) * PAGE, len(tokens) - PAGE + 1, PAGE):
         before = keys[-1] if keys else salt.encode(errors="surrogatepass")
         content = array("q", tokens[start : start + PAGE]).tobytes()
+        read = max(0, min(prompt_length - start, PAGE))
+        if start >= SINGLES_BELOW and read < PAGE:
+            content += b"written after" + read.to_bytes(1)
         keys.append(hashlib.blake2b(before + content, digest_size=16).digest())
     return keys
 

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from fathom.config.section import Section
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.blocks import BlockPool
+from fathom.engine.blocks import SINGLES_BELOW, BlockPool
 from fathom.engine.complete import Completion, complete
 from fathom.engine.constraint import GrammarCompiler
 from fathom.engine.dense import dense_decoder
@@ -40,7 +40,7 @@ from fathom.engine.packing import Weights, packed
 from fathom.engine.protocol import Chunk, QueueFull, Request, Sampling, Statistics, Thinking
 from fathom.engine.sampling import SamplerState
 from fathom.engine.sequence import Sequence
-from fathom.engine.stepping import SINGLES_BELOW, Counts, Stepper, Work
+from fathom.engine.stepping import Counts, Stepper, Work
 from fathom.engine.thinking import find_think_tags
 from fathom.errors import UserError
 from fathom.kernels.ops import PAGE, release_threads

@@ -54,7 +54,7 @@ class Sequence:
 
     def adopt_prefix(self, pool: BlockPool) -> None:
         """Hold the known blocks of what it has to compute; its last token is always computed, for what follows it."""
-        self._keys = block_keys(self.tokens, salt=self.request.cache_salt, known=self._keys)
+        self._keys = self._block_keys(self.tokens, self._keys)
         self.pages = pool.find(self._keys[: (len(self.tokens) - 1) // PAGE])
         self.computed = self._published = len(self.pages) * PAGE
         self._published //= PAGE
@@ -69,7 +69,7 @@ class Sequence:
         """Let others find the blocks that are full."""
         full = self.computed // PAGE
         if full > self._published:
-            self._keys = block_keys(self.tokens[: full * PAGE], salt=self.request.cache_salt, known=self._keys[:full])
+            self._keys = self._block_keys(self.tokens[: full * PAGE], self._keys[:full])
             for index in range(self._published, full):
                 pool.publish(self.pages[index], self._keys[index])
             self._published = full
@@ -114,6 +114,9 @@ class Sequence:
                 self._deliver(chunk)
             except Exception:  # whoever listened has gone: nobody is left to tell
                 self.cancelled = True
+
+    def _block_keys(self, tokens: list[int], known: list[bytes]) -> list[bytes]:
+        return block_keys(tokens, salt=self.request.cache_salt, prompt_length=self.prompt_length, known=known)
 
     def _constrained(self) -> bool:
         return self.output.thoughts is None or self.output.thoughts.answering

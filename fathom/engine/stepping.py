@@ -6,16 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fathom.engine.blocks import BlockPool
+from fathom.engine.blocks import SINGLES_BELOW, BlockPool
 from fathom.engine.sampling import draw, probabilities, sample, speculate, token_logprobs
 from fathom.engine.sequence import Sequence
 from fathom.errors import UserError
 from fathom.kernels.ops import PAGE
 from fathom.model.paged import PagedCache, PagedCall, Stretch
 from fathom.model.transformer import Transformer
-
-SINGLES_BELOW = 256
-"""Prompts are read token by token up to here (cheap while little is remembered), in stretches from here on."""
 
 
 @dataclass(frozen=True)

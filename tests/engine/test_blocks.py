@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fathom.engine.blocks import BlockPool, block_keys
+from fathom.engine.blocks import SINGLES_BELOW, BlockPool, block_keys
 from fathom.kernels.ops import PAGE
 
 
@@ -131,17 +131,19 @@ def test_releasing_twice_is_a_defect_that_shows() -> None:
 def test_keys_say_what_a_text_begins_with() -> None:
     """Two texts share exactly the keys of the full blocks up to the first difference, and none over unlike salt."""
     text = list(range(5 * PAGE + 7))
-    keys = block_keys(text, salt="a")
+    keys = block_keys(text, salt="a", prompt_length=len(text))
     assert len(keys) == 5
     assert len(set(keys)) == 5
     for place in (0, PAGE - 1, PAGE, 3 * PAGE + 5, 5 * PAGE):
         other = [*text[:place], -1, *text[place + 1 :]]
-        shared = [a == b for a, b in zip(keys, block_keys(other, salt="a"), strict=True)]
+        shared = [a == b for a, b in zip(keys, block_keys(other, salt="a", prompt_length=len(text)), strict=True)]
         assert shared == [index < place // PAGE for index in range(5)]
-    assert not set(keys) & set(block_keys(text, salt="b"))
-    assert not set(block_keys(text, salt="")) & set(block_keys(text, salt="\ud800"))
+    assert not set(keys) & set(block_keys(text, salt="b", prompt_length=len(text)))
+    assert not set(block_keys(text, salt="", prompt_length=len(text))) & set(
+        block_keys(text, salt="\ud800", prompt_length=len(text))
+    )
     # A text that begins with another's second block does not have its key.
-    assert not set(keys) & set(block_keys(text[PAGE:], salt="a"))
+    assert not set(keys) & set(block_keys(text[PAGE:], salt="a", prompt_length=len(text)))
 
 
 def test_keys_may_be_made_bit_by_bit() -> None:
@@ -149,5 +151,17 @@ def test_keys_may_be_made_bit_by_bit() -> None:
     text = [7] * (4 * PAGE)
     keys: list[bytes] = []
     for stop in range(0, len(text) + 1, 40):
-        keys = block_keys(text[:stop], salt="a", known=keys)
-    assert block_keys(text, salt="a", known=keys) == block_keys(text, salt="a")
+        keys = block_keys(text[:stop], salt="a", prompt_length=len(text), known=keys)
+    assert block_keys(text, salt="a", prompt_length=len(text), known=keys) == block_keys(
+        text, salt="a", prompt_length=len(text)
+    )
+
+
+def test_what_was_written_and_what_was_read_are_different_blocks() -> None:
+    """From position 256 on, a block with written tokens has another key than the same tokens in a prompt."""
+    text = list(range(8 * PAGE))
+    read = block_keys(text, salt="", prompt_length=len(text))
+    for prompt_length in (1, 4 * PAGE, 5 * PAGE, 5 * PAGE + 3, 8 * PAGE - 1):
+        written = block_keys(text, salt="", prompt_length=prompt_length)
+        alike = max(SINGLES_BELOW, prompt_length) // PAGE
+        assert [a == b for a, b in zip(read, written, strict=True)] == [True] * alike + [False] * (8 - alike)

@@ -459,3 +459,22 @@ def test_a_page_has_the_accounted_size(name: str, models: dict[str, Transformer]
         with engine_of(models[name]) as engine:
             layers = MLA.num_hidden_layers
             assert engine.bytes_per_token * layers == kv_bytes_per_token(MLA, 4) * (layers + 1)
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa"])
+def test_a_next_turn_is_answered_alike_whether_the_last_is_remembered(
+    name: str, models: dict[str, Transformer]
+) -> None:
+    """A prompt that continues an answer has the same log-probabilities, bitwise, with and without its blocks."""
+    prompt = [(7 * i + 3) % 250 for i in range(300)]
+    with engine_of(models[name]) as engine:
+
+        def ask(ids: list[int], count: int, salt: str) -> Outcome:
+            request = Request(ids, count, Sampling(temperature=0), ignore_eos=True, logprobs=1, cache_salt=salt)
+            return submit(engine, request).wait()
+
+        turn = prompt + ask(prompt, 100, "a").ids + prompt[:30]
+        remembered, fresh = ask(turn, 40, "a"), ask(turn, 40, "b")
+    assert remembered.last.usage.cached >= 256
+    assert fresh.last.usage.cached == 0
+    assert [one.logprob for one in remembered.logprobs] == [one.logprob for one in fresh.logprobs]
