@@ -34,7 +34,7 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
     console = Console(highlight=False, soft_wrap=True)
     command = fathom_command()
     console.print("\nNow try:")
-    for rest in (f'generate {folder} "def main():"', f"load {folder}", "pretrain --help"):
+    for rest in (f'generate {folder} "def main():"', f"serve {folder}", f"load {folder}", "pretrain --help"):
         console.print(f"  {command} {rest}", markup=False)
     return 0
 

@@ -167,7 +167,11 @@ class TerminalChat:
 
     def _show(self, answer: _Answer, arrived: "queue.SimpleQueue[Chunk | None]", ticket: Ticket) -> None:
         while answer.last is None or answer.last.finish_reason is None:
-            chunk = arrived.get()
+            try:
+                # Not without end: a signal that comes just before the wait would only be seen after it.
+                chunk = arrived.get(timeout=0.2)
+            except queue.Empty:
+                continue
             if chunk is None:
                 ticket.cancel()
                 continue
