@@ -11,7 +11,7 @@ import importlib
 import json
 import threading
 from decimal import Decimal
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,10 +144,6 @@ class Matcher:
             return
         self._matcher.consume_token(token)
         self._check()
-
-    def copy(self) -> Self:
-        """An independent matcher at the same place."""
-        return type(self)(self._matcher, self._vocab_size, self._ends)
 
     @property
     def finished(self) -> bool:

@@ -64,7 +64,7 @@ class EngineSettings(Section):
     context: int | None = Field(default=None, ge=1)
     """Longest prompt and output together; None is what the model was made for."""
     weights: Weights = "as loaded"
-    """`int8` rounds weights to blocks of int8: about twice as fast for a single stream, slightly different text."""
+    """`int8` rounds weights to blocks of int8: faster where memory is the limit, slightly different text."""
     speculate: bool = True
     """Draft with the model's multi-token-prediction module, if it has one."""
 

@@ -1,9 +1,7 @@
 """From a request's tokens to chunks of text: whole characters, thoughts apart from the answer, stop strings.
 
 Tags are in neither part, and nor are the newlines that templates write around them: those right after an opening tag,
-right before a closing one and right after it. (vLLM's `deepseek_r1` parser passes them on; Qwen3's template, which
-writes `<think>\\n…\\n</think>\\n\\n`, strips exactly these when it reads an answer back, and SGLang's strips them
-too.) A stop string is therefore looked for in the answer as a person sees it.
+right before a closing one and right after it. A stop string is therefore looked for in the answer as a person sees it.
 """
 
 from fathom.data.tokenizer import Tokenizer

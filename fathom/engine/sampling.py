@@ -11,7 +11,7 @@ Names: `R` rows (one per position to be drawn), `V` vocabulary, `C` candidates, 
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -78,14 +78,6 @@ class SamplerState:
             self.counts[token] += 1
         if self.seen is not None:
             self.seen[token] = True
-
-    def after(self, token: int) -> Self:
-        """The state that follows `token`, for a position that is looked at before it is certain."""
-        counts = None if self.counts is None else self.counts.clone()
-        seen = None if self.seen is None else self.seen.clone()
-        state = replace(self, counts=counts, seen=seen)
-        state.advance(token)
-        return state
 
     def uniform(self, purpose: Purpose) -> float:
         """The uniform number of this position."""

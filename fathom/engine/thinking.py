@@ -12,11 +12,10 @@ What a model may do, and what is made of it:
 - It ends the text inside thoughts: then there is no answer.
 """
 
-import copy
 import functools
 import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -145,12 +144,6 @@ class ThoughtTracker:
             self._since_tag += 1
             self._recent = (*self._recent, len(symbols))[-len(self._tags.patterns["closing"]) :]
         self._force(ends_line=self._tags.ends_line(token))
-
-    def after(self, token: int) -> Self:
-        """The tracker that follows `token`, for a position that is looked at before it is certain."""
-        tracker = copy.copy(self)
-        tracker.advance(token)
-        return tracker
 
     @property
     def answering(self) -> bool:

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         warnings.warn(
-            "no C++ compiler found: decoding uses PyTorch's operators, about half as fast; install g++", stacklevel=2
+            "no C++ compiler found: decoding uses PyTorch's operators, which is slower; install g++", stacklevel=2
         )
         return None
     try:

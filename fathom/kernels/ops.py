@@ -76,10 +76,6 @@ class Packed:
         """Of the activations."""
         return torch.bfloat16 if self.scales is not None else self.panels.dtype
 
-    def nbytes(self) -> int:
-        """Bytes that one product reads."""
-        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
     def pointers(self) -> tuple[int, int | None]:
         """Addresses of panels and scales."""
         return self.panels.data_ptr(), None if self.scales is None else self.scales.data_ptr()

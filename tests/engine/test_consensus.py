@@ -45,4 +45,4 @@ def test_a_rule_goes_before_the_majority() -> None:
 def test_hostile_answers_take_no_time() -> None:
     """Long runs of what the patterns look for are read in linear time (this would not end otherwise)."""
     for text in ("\n" * 100_000, "* " * 100_000, "answer" * 50_000, "{" * 100_000, "1," * 100_000):
-        final_answer(text)
+        assert len(final_answer(text)) <= len(text)

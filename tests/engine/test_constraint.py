@@ -84,15 +84,14 @@ def test_a_finished_answer_can_only_end(compiler: GrammarCompiler) -> None:
         matcher.advance(EOS)
 
 
-def test_copies_go_their_own_ways(compiler: GrammarCompiler) -> None:
-    """A copy, and a second answer with the same constraint, do not feel what the first one takes."""
+def test_answers_go_their_own_ways(compiler: GrammarCompiler) -> None:
+    """A second answer with the same constraint does not feel what the first one takes."""
     constraint = Constraint(kind="regex", text="ax|by")
     first = compiler.start(constraint)
-    copy, second = first.copy(), compiler.start(constraint)
+    second = compiler.start(constraint)
     first.advance(ord("a"))
-    for other in (copy, second):
-        other.advance(ord("b"))
-        assert other.mask().nonzero()[:, 0].tolist() == [ord("y")]
+    second.advance(ord("b"))
+    assert second.mask().nonzero()[:, 0].tolist() == [ord("y")]
     assert first.mask().nonzero()[:, 0].tolist() == [ord("x")]
 
 

@@ -250,6 +250,29 @@ def test_a_step_that_fails_ends_those_it_hits(
         assert after.last.finish_reason == "length"
 
 
+def test_an_engine_that_fails_between_steps_serves_on(
+    models: dict[str, Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error outside a step ends all requests with `error`, none waits for ever, and later ones are served."""
+    with engine_of(models["gqa"]) as engine:
+        original, calls = engine._plan, []
+
+        def fail() -> object:
+            calls.append(None)
+            if len(calls) == 3:
+                raise RuntimeError("secret detail")
+            return original()
+
+        monkeypatch.setattr(engine, "_plan", fail)
+        outcomes = run(engine, [ask(prompt(70, seed), 20) for seed in range(3)])
+        assert {outcome.last.finish_reason for outcome in outcomes} <= {"error", "length"}
+        assert any(outcome.last.finish_reason == "error" for outcome in outcomes)
+        assert all("secret" not in outcome.last.message for outcome in outcomes)
+        assert_idle(engine)
+        (after,) = run(engine, [ask(prompt(70), 5)])
+        assert after.last.finish_reason == "length"
+
+
 def test_closing_lets_the_running_finish(models: dict[str, Transformer]) -> None:
     """With time to drain, what runs and waits ends as it would have; nothing new is taken in."""
     engine = Engine(models["gqa"], PLAIN, EngineSettings(cache_memory=2**22, max_running=2))

@@ -182,19 +182,6 @@ def test_penalties_are_as_defined() -> None:
     assert logits.tolist() == [[1.0, -1.0, 2.0, -2.0, 0.5]]
 
 
-def test_looking_ahead_leaves_the_state_alone() -> None:
-    """`after` is what `advance` would make, on a copy."""
-    (state,) = states(1, 5, presence_penalty=1.0, repetition_penalty=1.5)
-    ahead = state.after(3).after(4)
-    assert (state.position, state.counts.sum(), bool(state.seen[3])) == (0, 0, False)
-    state.advance(3)
-    state.advance(4)
-    assert ahead.position == state.position == 2
-    assert torch.equal(ahead.counts, state.counts)
-    assert torch.equal(ahead.seen, state.seen)
-    assert ahead.uniform("token") == state.uniform("token")
-
-
 @pytest.mark.parametrize(
     "settings",
     [

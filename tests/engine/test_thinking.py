@@ -154,14 +154,6 @@ def test_a_token_that_two_tags_share_is_counted_once() -> None:
     assert (tracker.inside, tracker.thoughts, tracker.reasoning) == (False, 0, 14)
 
 
-def test_looking_ahead_leaves_the_tracker_alone() -> None:
-    """`after` is what `advance` would make, on a copy."""
-    tracker = ThoughtTracker(tags_of(TEXT), Thinking(budget=2), inside=True)
-    ahead = tracker.after(A).after(A)
-    assert (tracker.thoughts, tracker.forced) == (0, ())
-    assert (ahead.thoughts, ahead.forced) == (2, tuple(b"</think>"))
-
-
 def test_contradicting_bounds_are_refused() -> None:
     """A minimum above the budget is a sentence."""
     with pytest.raises(UserError, match="minimum 3 is above budget 2"):
