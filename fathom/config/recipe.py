@@ -104,7 +104,9 @@ class BalanceSection(Section):
     bias_rate: float = Field(default=0.001, ge=0)
     """γ: step of the router bias, by sign, once per training step over the whole batch."""
     bias_until: Share = 0.966
-    """Share of the run after which γ is 0 (14.3 T of 14.8 T)."""
+    """Share of the run after which γ is `late_bias_rate` (14.3 T of 14.8 T)."""
+    late_bias_rate: float = Field(default=0.0, ge=0)
+    """γ in the last part."""
     sequence_loss: float = Field(default=1e-4, ge=0)
     """α: weight of the sequence-wise balance loss."""
 

@@ -66,11 +66,16 @@ inline f32v load(const bf16* p) {
 inline void store(float* p, f32v v) { std::memcpy(p, &v, 64); }
 
 inline void store(bf16* p, f32v v) {
+#if defined(__AVX512BF16__)
+    __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &half, 32);
+#else
     u32v bits = (u32v)v;
     u32v rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     rounded = (v == v) ? rounded : (bits >> 16 | 0x40);
     u16v half = __builtin_convertvector(rounded, u16v);
     std::memcpy(p, &half, 32);
+#endif
 }
 
 inline float to_float(float x) { return x; }

@@ -1,4 +1,4 @@
-"""Builds `decode.cpp` and its headers for this machine's processor, once, and opens it.
+"""Builds `kernels.cpp` and its headers for this machine's processor, once, and opens it.
 
 The shared library lies in the user's cache folder under a name that changes with the source, the compiler and the
 processor. It is written whole or not at all, so several processes may build at once. Without a compiler there is no
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
 
@@ -49,7 +49,7 @@ def _opened(compiler: str) -> ctypes.CDLL:
     texts = [file.read_text() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     identity = "\n".join([*texts, compiler, *FLAGS, torch.backends.cpu.get_cpu_capability(), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
-    target = folder / f"decode-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    target = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))

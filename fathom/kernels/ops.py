@@ -1,7 +1,7 @@
-"""The kernels as functions of tensors on a CPU. Results are new tensors; nothing is differentiable.
+"""The kernels of running a model, as functions of tensors on a CPU. Results are new tensors; nothing is differentiable.
 
-Weights come packed in panels (`decode.cpp` has the layout and the reasons). Where a weight cannot be packed `pack` says
-so, and its layer stays as it is.
+Weights come packed in panels (`kernels.cpp` has the layout and the reasons). Where a weight cannot be packed `pack`
+says so, and its layer stays as it is.
 """
 
 import ctypes
@@ -33,12 +33,17 @@ _ARGUMENTS = {
     "release_threads": [],
     "dense_layers": [*[c_void_p] * 7, *[c_long] * 8, c_float, c_float],
     "rotate": [c_void_p, *[c_long] * 2, *[c_void_p] * 3, *[c_long] * 3, c_int],
+    "grouped": [*[c_void_p] * 3, c_long, c_void_p, *[c_long] * 2, c_int, c_void_p],
+    "weight_gradient": [*[c_void_p] * 5, c_long, c_void_p, *[c_long] * 2],
+    "causal_forward": [*[c_void_p] * 6, c_float],
+    "causal_backward": [*[c_void_p] * 10, c_float],
 }
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "int8"}
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype | None = None) -> ctypes._CFuncPtr:
+def kernel(name: str, dtype: torch.dtype | None = None) -> ctypes._CFuncPtr:
+    """The compiled function of this name, for panels or tensors of `dtype` where there is one for each."""
     built = library()
     assert built is not None, "kernels are called only where there are some"
     function = getattr(built, f"fathom_{name}" if dtype is None else f"fathom_{name}_{_NAMES[dtype]}")
@@ -52,7 +57,7 @@ def release_threads() -> None:
     Left alone they make every parallel loop of the program about 30 microseconds slower on a machine with few cores.
     """
     if library() is not None:
-        _kernel("release_threads")()
+        kernel("release_threads")()
 
 
 def usable(x: Tensor) -> bool:
@@ -135,7 +140,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None, *, wide: bool 
     """x [..., K] -> [..., N] = x Wᵀ + bias, in the dtype of `x` or, if `wide`, unrounded in float32."""
     x, stride = _rows(x)
     y = torch.empty(*x.shape[:-1], weight.outputs, dtype=torch.float32 if wide else x.dtype)
-    _kernel("linear_wide" if wide else "linear", weight.panels.dtype)(
+    kernel("linear_wide" if wide else "linear", weight.panels.dtype)(
         x.data_ptr(), stride, *weight.pointers(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         x.numel() // weight.inputs, weight.outputs, weight.inputs,
     )  # fmt: skip
@@ -146,7 +151,7 @@ def swiglu(x: Tensor, gate_up: Packed, inner: int) -> Tensor:
     """x [..., K] -> [..., I] = silu(gate x) · up x, for weights that `interleave` made of matrices [I, K]."""
     x, stride = _rows(x)
     y = torch.empty(*x.shape[:-1], inner, dtype=x.dtype)
-    _kernel("swiglu", gate_up.panels.dtype)(
+    kernel("swiglu", gate_up.panels.dtype)(
         x.data_ptr(), stride, *gate_up.pointers(), y.data_ptr(), x.numel() // gate_up.inputs, inner, gate_up.inputs
     )
     return y
@@ -166,7 +171,7 @@ def experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Packed, dow
     x, order, weights = x.contiguous(), order.to(torch.int32), weights.float().contiguous()
     hidden, parts = x.new_empty(tokens * slots, down.inputs), weights.new_empty(tokens * slots, width)
     y = torch.empty_like(x)
-    _kernel("experts", gate_up.panels.dtype)(
+    kernel("experts", gate_up.panels.dtype)(
         x.data_ptr(), order.data_ptr(), ends.data_ptr(), weights.data_ptr(), *gate_up.pointers(), *down.pointers(),
         hidden.data_ptr(), parts.data_ptr(), y.data_ptr(), tokens, slots, count, width, down.inputs,
     )  # fmt: skip
@@ -178,7 +183,7 @@ def heads_linear(x: Tensor, weight: Packed) -> Tensor:
     x = x.contiguous()
     tokens, heads, width = x.shape
     y = torch.empty(tokens, heads, weight.outputs, dtype=x.dtype)
-    _kernel("heads_linear", x.dtype)(
+    kernel("heads_linear", x.dtype)(
         x.data_ptr(), width, weight.panels.data_ptr(), y.data_ptr(), tokens, heads, weight.outputs, width
     )
     return y
@@ -188,7 +193,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension; weight float32."""
     x, stride = _rows(x)
     y, width = torch.empty(x.shape, dtype=x.dtype), x.shape[-1]
-    _kernel("rms_norm", x.dtype)(x.data_ptr(), stride, weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+    kernel("rms_norm", x.dtype)(x.data_ptr(), stride, weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
     return y
 
 
@@ -196,7 +201,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Rotary embedding of x [T, heads, 2 h], any strides over tokens and heads, by cos, sin [T, h] float32."""
     y = torch.empty(x.shape, dtype=x.dtype)
     tokens, heads, width = x.shape
-    _kernel("rotate", x.dtype)(
+    kernel("rotate", x.dtype)(
         x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), y.data_ptr(),
         tokens, heads, width // 2, interleaved,
     )  # fmt: skip
@@ -209,7 +214,7 @@ def write_pages(rows: Tensor, pages: Tensor, places: Tensor) -> None:
     tokens, groups, width = rows.shape
     if rows.stride()[1:] != (width, 1):
         rows = rows.contiguous()
-    _kernel("write_pages", rows.dtype)(
+    kernel("write_pages", rows.dtype)(
         rows.data_ptr(), rows.stride(0), pages.data_ptr(), places.data_ptr(), tokens, groups, width
     )
 
@@ -235,7 +240,7 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, vis
     """
     tokens, heads, key_width = q.shape
     q, out = q.contiguous(), torch.empty(tokens, heads, values.shape[-1], dtype=q.dtype)
-    _kernel("paged_attention", q.dtype)(
+    kernel("paged_attention", q.dtype)(
         q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), tables.data_ptr(), visible.data_ptr(),
         tokens, heads, keys.shape[1], key_width, values.shape[-1], keys.stride(0), values.stride(0),
         keys.stride(2), values.stride(2), tables.shape[1], scale,
@@ -281,7 +286,7 @@ def dense_layers(
     """
     x = x.clone(memory_format=torch.contiguous_format)
     cos, sin = (t.contiguous() for t in rope)
-    _kernel("dense_layers", weights)(
+    kernel("dense_layers", weights)(
         x.data_ptr(), layers.data_ptr(), cos.data_ptr(), sin.data_ptr(), places.data_ptr(), tables.data_ptr(),
         visible.data_ptr(), x.shape[0], layers.shape[0], shape.hidden, shape.heads, shape.groups, shape.head,
         shape.inner, tables.shape[1], shape.scale, shape.eps,

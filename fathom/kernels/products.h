@@ -1,4 +1,4 @@
-// Products with packed weights: the layouts and the reasons are in decode.cpp.
+// Products with packed weights: the layouts and the reasons are in kernels.cpp.
 
 #pragma once
 
@@ -56,6 +56,24 @@ inline f32v dot_pair(f32v acc, const bf16* weights, int32_t pair) {
 #endif
 }
 
+// out[c] = sum over k < K of rows[c][k] * panel[k], 32 numbers each. Pairs of a row lie STEP apart.
+template <int C, long STEP = 2>
+inline void multiply(const bf16* const* rows, const bf16* panel, long K, f32v out[C][2]) {
+    f32v acc[C][2];
+    const bf16* row[C];
+    for (int c = 0; c < C; c++) row[c] = rows[c], acc[c][0] = acc[c][1] = splat(0);
+    for (long k = 0; k < K; k += 2, panel += 2 * PANEL) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            int32_t pair;
+            std::memcpy(&pair, row[c] + k / 2 * STEP, 4);
+            acc[c][0] = dot_pair(acc[c][0], panel, pair);
+            acc[c][1] = dot_pair(acc[c][1], panel + 2 * LANES, pair);
+        }
+    }
+    for (int c = 0; c < C; c++) out[c][0] = acc[c][0], out[c][1] = acc[c][1];
+}
+
 struct Bf16Weights {
     using Rows = PlainRows<bf16>;
     const bf16* w;
@@ -65,21 +83,7 @@ struct Bf16Weights {
 
     template <int C>
     void panel(const Rows& x, long m, long p, f32v out[C][2]) const {
-        f32v acc[C][2];
-        for (int c = 0; c < C; c++) acc[c][0] = acc[c][1] = splat(0);
-        const bf16* rows[C];
-        for (int c = 0; c < C; c++) rows[c] = x.rows[m + c];
-        const bf16* weights = w + p * PANEL * K;
-        for (long k = 0; k < K; k += 2, weights += 2 * PANEL) {
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) {
-                int32_t pair;
-                std::memcpy(&pair, rows[c] + k, 4);
-                acc[c][0] = dot_pair(acc[c][0], weights, pair);
-                acc[c][1] = dot_pair(acc[c][1], weights + 2 * LANES, pair);
-            }
-        }
-        for (int c = 0; c < C; c++) out[c][0] = acc[c][0], out[c][1] = acc[c][1];
+        multiply<C>(x.rows.data() + m, w + p * PANEL * K, K, out);
     }
 };
 

@@ -4,37 +4,34 @@ Theory
 ------
 `scaled_dot_product_attention` on a CPU is slow for MLA shapes (query/key width 96, value width 64): the fused
 kernel does not take unequal widths, and even with padded values it takes about twice as long as plain batched
-matrix products over the full square. This module is flash attention spelt in `bmm` calls, and about a third
-faster than the full square:
+matrix products over the full square. So this is flash attention (arXiv 2307.08691), in two forms.
+
+In bfloat16 on a CPU whose vectors multiply it, a kernel of ours (`kernels/causal.h`): scores stay in registers and
+the first-level cache, forward keeps one number per query, and backward makes the probabilities again from it.
+
+Elsewhere it is spelt in `bmm` calls, about a third faster than the full square:
 
     for each block of QUERY_BLOCK queries i..e             keys 0..e only: nothing above the diagonal is made
         S = scale q[i:e] k[:e]^T                           one bmm
         P = softmax(S + triangle on the last block)        float32 statistics, P in the input type
         o[i:e] = P v[:e]                                   one bmm
-    backward, per block
+    backward, per block, after S and P again
         dv[:e] += P^T do;   dP = do v[:e]^T;   dS = P (dP - rowsum(P dP))
         dq[i:e] = scale dS k[:e];   dk[:e] += scale dS^T q[i:e]
-
-Three choices are worth knowing.
 
 * Small pieces. Blocks are taken for about 24 (batch, head) pairs at a time, so that a block of scores stays
   in cache and far below 32 MB. Beyond that size glibc maps fresh pages for every tensor and returns them at
   once; touching them costs more than the arithmetic (a float32 softmax of [48, 512, 512] takes several times
   as long as a bfloat16 one).
-* Keeping P or making it again. P in bfloat16 is what backward needs; making it again costs one product and
-  one softmax, about a fifth of the whole. It is kept while it is small (16 MB per layer at batch 8, 6
-  heads, 512 tokens; the limit is KEPT_PROBABILITY_BYTES), and made again by the same code, to the same bits,
-  for long sequences. In no case does a [T, T] float32 tensor exist.
 * One opaque operator. Under `torch.compile` there is no graph break and nothing to unroll. Inductor's own
-  version of these blocks was measured: not faster, as its softmax takes exp twice, and slow to compile.
+  version of these blocks was measured: not faster, as its softmax takes exp twice, and slow to compile. Which form
+  it is, is an argument, so that what was compiled for one is never run with the other.
+* Grouped-query attention (fewer key heads than query heads) folds the group into the query rows: keys are never
+  repeated, and the sum over the group in dk and dv happens inside the product.
 
-Grouped-query attention (fewer key heads than query heads) folds the group into the query rows: keys are never
-repeated, and the sum over the group in dk and dv happens inside the product.
-
-Scores and probabilities are rounded to the input type; maximum, sum and exp of the softmax are float32.
-Covered: self-attention over whole sequences, and over the last part of one whose first part is remembered (more keys
-than queries). Blocks begin at multiples of QUERY_BLOCK from the sequence's start, so that a part is computed as in the
-whole. Not covered: padding masks, dropout, double backward.
+In no case does a [T, T] tensor exist. Covered: self-attention over whole sequences, and over the last part of one
+whose first part is remembered (more keys than queries). Blocks begin at multiples of QUERY_BLOCK from the sequence's
+start, so that a part is computed as in the whole. Not covered: padding masks, dropout, double backward.
 """
 
 import itertools
@@ -42,9 +39,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from fathom.kernels import training
+
 QUERY_BLOCK = 128
 HEADS_TIMES_ROWS = 24 * 128
-KEPT_PROBABILITY_BYTES = 64 << 20
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -57,7 +55,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale: factor on the scores, usually Dqk ** -0.5.
 
     Returns:
-        [B, H, T, Dv] in q's type, contiguous.
+        [B, H, T, Dv] in q's type.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -65,59 +63,47 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     keys_fit = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
     if not keys_fit or q.shape[2] > k.shape[2] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"causal_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    return _attention(q, k, v, scale)[0]
+    return _attention(q, k, v, scale, training.attention_fits(q, v))[0]
 
 
 @torch.library.custom_op("fathom::causal_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns (o [B, H, T, Dv], all blocks' probabilities one after another or, if too many, nothing)."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
+    """Returns (o [B, H, T, Dv], log(sum(exp(scores))) [B, H, T] float32; the latter empty without kernels)."""
+    if kernels:
+        return training.causal_forward(q, k, v, scale)
     B, H, T, _ = q.shape
     q_rows, k_rows, v_rows = _fold(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1)
     o = q.new_empty(*q_rows.shape[:3], v.shape[-1])
-    kept = q.new_empty(_kept_numel(q, k))
     triangle = _triangle(q)
-    cursor = 0
     for heads, rows, keys in _blocks(q_rows, k.shape[2]):
         q_block = (q_rows[heads, :, rows] * scale).flatten(1, 2)
-        shape = (*q_block.shape[:2], keys.stop)
-        numel = shape[0] * shape[1] * shape[2]
-        p = kept[cursor : cursor + numel].view(shape) if kept.numel() else q.new_empty(shape)
-        cursor += numel
-        _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start, out=p)
+        p = _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start)
         o[heads, :, rows] = torch.bmm(p, v_rows[heads, keys]).unflatten(1, (o.shape[1], -1))
-    return o.view(B, H, T, -1), kept
+    return o.view(B, H, T, -1), q.new_empty(0, dtype=torch.float32)
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(_kept_numel(q, k))
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
+    if kernels:
+        return training.tokens_outermost(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("fathom::causal_attention_backward", mutates_args=())
 def _attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) in the shapes of q, k, v."""
+    if kernels:
+        return training.causal_backward(do, q, k, v, o, log_sums, scale)
     q_rows, do_rows = _fold(q, k.shape[1]), _fold(do, k.shape[1])
     k_rows, v_rows = k.flatten(0, 1), v.flatten(0, 1)
     dq, dk, dv = torch.empty_like(q_rows), k_rows.new_zeros(k_rows.shape), v_rows.new_zeros(v_rows.shape)
     triangle = _triangle(q)
-    cursor = 0
     for heads, rows, keys in _blocks(q_rows, k.shape[2]):
         q_block = (q_rows[heads, :, rows] * scale).flatten(1, 2)
         do_block = do_rows[heads, :, rows].flatten(1, 2)
-        shape = (*q_block.shape[:2], keys.stop)
-        numel = shape[0] * shape[1] * shape[2]
-        if kept.numel():
-            p = kept[cursor : cursor + numel].view(shape)
-        else:
-            p = _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start, out=q.new_empty(shape))
-        cursor += numel
+        p = _probabilities(q_block, k_rows[heads, keys], triangle, rows.stop - rows.start)
         dv[heads, keys] += torch.bmm(p.transpose(1, 2), do_block)
         dp = torch.bmm(do_block, v_rows[heads, keys].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
@@ -129,24 +115,21 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if kernels:
+        return tuple(training.tokens_outermost(x, x.shape[-1]) for x in (q, k, v))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[1])
+    q, k, v, ctx.scale, ctx.kernels = inputs
+    ctx.save_for_backward(q, k, v, *output)
 
 
-def _call_backward(ctx, do: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
+def _call_backward(ctx, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.kernels), None, None
 
 
 _attention.register_autograd(_call_backward, setup_context=_save_for_backward)
@@ -175,18 +158,10 @@ def _triangle(q: Tensor) -> Tensor:
     return torch.full((QUERY_BLOCK, QUERY_BLOCK), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
 
 
-def _probabilities(q_block: Tensor, k_block: Tensor, triangle: Tensor, width: int, out: Tensor) -> Tensor:
-    """softmax(q_block k_block^T) into `out`, the `width` queries of each group aligned with the last keys."""
+def _probabilities(q_block: Tensor, k_block: Tensor, triangle: Tensor, width: int) -> Tensor:
+    """softmax(q_block k_block^T), the `width` queries of each group aligned with the last keys."""
     scores = torch.bmm(q_block, k_block.transpose(1, 2))
     keys = k_block.shape[1]
     diagonal = scores[:, :, keys - width :].unflatten(1, (-1, width))
     diagonal += triangle[:width, :width]
-    return torch.softmax(scores, -1, out=out)
-
-
-def _kept_numel(q: Tensor, k: Tensor) -> int:
-    """How many probabilities forward keeps for backward: all blocks, or none if they exceed the limit."""
-    folded = _fold(q, k.shape[1])
-    blocks = _blocks(folded, k.shape[2])
-    numel = folded.shape[1] * sum((h.stop - h.start) * (rows.stop - rows.start) * keys.stop for h, rows, keys in blocks)
-    return numel if numel * q.element_size() <= KEPT_PROBABILITY_BYTES else 0
+    return torch.softmax(scores, -1)

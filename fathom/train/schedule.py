@@ -95,4 +95,5 @@ def mtp_weight_at(step: int, total: int, full: int, schedule: ScheduleSection, s
 
 def bias_rate_at(step: int, total: int, full: int, schedule: ScheduleSection, section: BalanceSection) -> float:
     """γ, the step of the router bias (V3 §4.2)."""
-    return section.bias_rate if progress_at(step, total, full, schedule) < section.bias_until else 0.0
+    late = progress_at(step, total, full, schedule) >= section.bias_until
+    return section.late_bias_rate if late else section.bias_rate

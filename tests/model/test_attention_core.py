@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fathom.kernels import training
 from fathom.model import attention_core
 from fathom.model.attention_core import causal_attention
 
@@ -32,14 +33,12 @@ def relative_error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-3)).item()
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
 @pytest.mark.parametrize(
     "shape",
     [(2, 4, 2, 1), (2, 3, 3, 128), (1, 6, 1, 129), (2, 4, 2, 300), (13, 6, 6, 130)],
 )
-def test_value_and_gradients_equal_dense_attention(monkeypatch, shape, kept_bytes):
+def test_value_and_gradients_equal_dense_attention(shape):
     """Blocks, folded groups and ragged last blocks give the dense value and gradients in float64."""
-    monkeypatch.setattr(attention_core, "KEPT_PROBABILITY_BYTES", kept_bytes)
     inputs = make_inputs(*shape, torch.float64)
     actual = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
     torch.testing.assert_close(actual, value_and_gradients(reference, inputs), rtol=1e-10, atol=1e-12)
@@ -56,13 +55,30 @@ def test_low_precision_stays_near_float64(dtype, tolerance):
         assert relative_error(ours, exact) < tolerance
 
 
-def test_recomputed_probabilities_give_the_same_bits(monkeypatch):
-    """Whether probabilities are kept or made again in backward changes no bit of any gradient."""
-    inputs = make_inputs(2, 4, 2, 300, torch.bfloat16)
-    kept = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
-    monkeypatch.setattr(attention_core, "KEPT_PROBABILITY_BYTES", 0)
-    again = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [((2, 4, 2, 1), (24, 16)), ((1, 6, 1, 129), (96, 64)), ((3, 3, 3, 600), (34, 50)), ((1, 4, 2, 33), (2, 2))],
+)
+def test_kernels_equal_the_operators(monkeypatch, shape, widths):
+    """The kernels are as near to float64 as the form in PyTorch's operators, or as bfloat16 allows."""
+    if not training.available():
+        pytest.skip("no kernels for training on this machine")
+    inputs = make_inputs(*shape, torch.bfloat16, *widths)
+    ours = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
+    monkeypatch.setattr(training, "attention_fits", lambda q, v: False)
+    theirs = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
+    exact = value_and_gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
+    for kernel, operator, wanted in zip(ours, theirs, exact, strict=True):
+        assert relative_error(kernel, wanted) <= max(5e-3, relative_error(operator, wanted))
+
+
+def test_a_query_does_not_depend_on_the_others():
+    """The last queries alone, over all keys, give the bits that they give among all queries."""
+    q, k, v = (x.detach() for x in make_inputs(2, 4, 2, 300, torch.bfloat16))
+    whole = causal_attention(q, k, v, SCALE)
+    for count in (1, 44, 172):  # a part begins where a block of the operators' form begins, or is one query
+        if training.available() or (300 - count) % attention_core.QUERY_BLOCK == 0:
+            assert torch.equal(whole[:, :, -count:], causal_attention(q[:, :, -count:], k, v, SCALE))
 
 
 def test_two_runs_are_bitwise_equal():
@@ -91,9 +107,11 @@ def test_transposed_views_are_taken_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_operator_obeys_the_compiler_contract():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_obeys_the_compiler_contract(dtype):
     """Fake shapes, schema and autograd agree with what the operator does: torch.compile relies on it."""
-    torch.library.opcheck(attention_core._attention, (*make_inputs(1, 4, 2, 130, torch.float32), SCALE))
+    q, k, v = make_inputs(1, 4, 2, 130, dtype)
+    torch.library.opcheck(attention_core._attention, (q, k, v, SCALE, training.attention_fits(q, v)))
 
 
 def test_unfit_shapes_are_refused():

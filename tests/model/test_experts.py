@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fathom.kernels import training
 from fathom.model.experts import routed_experts
 
 
@@ -60,6 +61,20 @@ def test_bfloat16_with_float32_masters(d):
     actual = value_and_gradients(routed_experts, ids, inputs)
     assert_near(actual, exact(ids, inputs), 1.5e-2)
     assert [x.dtype for x in actual] == [torch.bfloat16] * 2 + [torch.float32] * 3
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [{}, {"N": 1, "K": 1}, {"E": 60}, {"N": 2100, "K": 2, "E": 2}, {"d": 70, "I": 34}])
+def test_kernels_equal_the_operators(monkeypatch, sizes, master):
+    """The kernels' grouped products and PyTorch's agree within bfloat16's rounding of what is between them."""
+    if not training.available():
+        pytest.skip("no kernels for training on this machine")
+    ids, inputs = make_inputs(**sizes, dtype=torch.bfloat16, master=master)
+    ours = value_and_gradients(routed_experts, ids, inputs)
+    monkeypatch.setattr(training, "groups_fit", lambda x, weight: False)
+    theirs = value_and_gradients(routed_experts, ids, inputs)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    assert_near(ours, [x.double() for x in theirs], 1e-2)
 
 
 def test_every_token_on_one_expert():

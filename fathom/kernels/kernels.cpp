@@ -1,4 +1,5 @@
-// Kernels for running a model on a CPU, most of all for decoding: few rows of activations against all of the weights.
+// Kernels for a CPU. Most of all for decoding, few rows of activations against all of the weights; `training.h` and
+// `causal.h` have those of training, which are the same loop with other things in the place of weights.
 //
 // Theory
 // ------
@@ -22,6 +23,7 @@
 //
 // Attention reads pages of PAGE tokens, so that requests can share them.
 
+#include "causal.h"
 #include "layers.h"
 
 extern "C" {
@@ -98,6 +100,29 @@ FATHOM_DENSE(int8, bf16, Int8Weights, (Int8Weights{(const uint8_t*)w, (const bf1
                               long heads, long half, int interleaved) {                                                   \
         rotate(x, ldx, head_stride, cos, sin, y, M, heads, half, interleaved != 0);                                       \
     }
+
+void fathom_grouped_f32(const bf16* x, const int32_t* at, const int32_t* ends, long E, const float* w, long N, long K,
+                        int columns, bf16* y) {
+    grouped({x, columns ? N : K, at}, ends, E, w, N, K, columns != 0, y);
+}
+void fathom_grouped_bf16(const bf16* x, const int32_t* at, const int32_t* ends, long E, const bf16* w, long N, long K,
+                         int columns, bf16* y) {
+    grouped({x, columns ? N : K, at}, ends, E, w, N, K, columns != 0, y);
+}
+void fathom_weight_gradient(const bf16* dy, const int32_t* dy_at, const bf16* x, const int32_t* x_at, const int32_t* ends,
+                            long E, float* dw, long N, long K) {
+    weight_gradient({dy, N, dy_at}, {x, K, x_at}, ends, E, dw, N, K);
+}
+
+void fathom_causal_forward(const Heads* q, const Heads* k, const Heads* v, const Heads* o, float* log_sums,
+                           const CausalShape* shape, float scale) {
+    causal_forward(*q, *k, *v, *o, log_sums, *shape, scale);
+}
+void fathom_causal_backward(const Heads* d_o, const Heads* q, const Heads* k, const Heads* v, const Heads* o,
+                            const float* log_sums, const Heads* dq, const Heads* dk, const Heads* dv,
+                            const CausalShape* shape, float scale) {
+    causal_backward(*d_o, *q, *k, *v, *o, log_sums, *dq, *dk, *dv, *shape, scale);
+}
 
 FATHOM_FOR_TYPE(bf16, bf16)
 FATHOM_FOR_TYPE(float, f32)
