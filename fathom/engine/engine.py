@@ -43,6 +43,7 @@ from fathom.engine.sequence import Sequence
 from fathom.engine.stepping import Counts, Stepper, Work
 from fathom.engine.thinking import find_think_tags
 from fathom.errors import UserError
+from fathom.kernels.memory import keep_freed_memory
 from fathom.kernels.ops import PAGE, release_threads
 from fathom.model.paged import PagedCache
 from fathom.model.transformer import Transformer
@@ -121,7 +122,9 @@ class Engine:
         self._closing = False
         self._stopping = False
         self._statistics = Statistics(cache_blocks=pages)
-        release_threads()  # from here on, the engine's thread computes
+        # From here on the engine's thread computes, the same things at every step.
+        release_threads()
+        keep_freed_memory()
         self._thread = threading.Thread(target=self._run, name="fathom-engine", daemon=True)
         self._thread.start()
 
