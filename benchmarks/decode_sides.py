@@ -121,6 +121,7 @@ def llama_cpp(model: str) -> Generate:
 PROGRAMS: dict[str, Callable[[str], Generate]] = {
     "fathom": fathom,
     "fathom-int8": lambda model: fathom(model, "int8"),
+    "fathom-fp8": lambda model: fathom(model, "fp8"),
     "transformers": transformers,
     "vllm": vllm,
     "llama.cpp": llama_cpp,

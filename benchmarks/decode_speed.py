@@ -85,7 +85,7 @@ def main() -> None:
     """Measure, print, and a JSON line with the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", choices=["transformers", "vllm", "llama.cpp"], required=True)
-    parser.add_argument("--ours", choices=["fathom", "fathom-int8"], default="fathom")
+    parser.add_argument("--ours", choices=["fathom", "fathom-int8", "fathom-fp8"], default="fathom")
     parser.add_argument("--model", default=os.environ.get("FATHOM_SMOLLM2_GGUF"), help="what Fathom opens")
     parser.add_argument("--gguf", help="file for llama.cpp (the model itself, if it is one)")
     parser.add_argument("--vllm-python", default=sys.executable)
@@ -129,7 +129,7 @@ def main() -> None:
             for side in sides.values():
                 side.close()
     bandwidth, peak = measure_read_bandwidth(), measure_gemm_peak(torch.bfloat16)
-    size = 1 if options.ours.endswith("int8") else 2
+    size = 2 if options.ours == "fathom" else 1
     step = max(size * weights / bandwidth, 2 * weights * options.streams / peak)
     limit = options.streams / step
     ratios = [a / b for a, b in zip(speeds[options.ours], speeds[options.against], strict=True)]

@@ -3,9 +3,10 @@
     python -m benchmarks.serve_load MODEL --streams 200 --seconds 120
 
 Starts the command in a process of its own and drives it over loopback. Each stream makes one request after another:
-one of a fixed list of greedy completions (beginnings of files of the standard library from a few tokens to over a
-thousand, some that share a long beginning), or a continuation of the text that it just received; most streamed, some
-not; a third of them given up at a random moment by closing the connection. The cache is too small for all of them
+one of a fixed list of greedy requests (beginnings of files of the standard library from a few tokens to over a
+thousand, some that share a long beginning, to be completed or, a third of them, as a message of a chat), or a
+continuation of the text that it just received; most streamed, some not; a third of them given up at a random moment by
+closing the connection. The cache is too small for all of them
 (`--cache-memory`, `--queue`), so that requests wait, give their memory back midway, and are sometimes refused.
 
 Compared: every completed text with that of the same request made alone afterwards, from an empty cache (a salt of its
@@ -50,9 +51,22 @@ class Case(NamedTuple):
 
     prompt: str
     max_tokens: int
+    chat: bool = False
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, **more: Any) -> dict[str, Any]:
-        return {"model": "served", **self._asdict(), "temperature": 0, **more}
+        asked = {"messages": [{"role": "user", "content": self.prompt}]} if self.chat else {"prompt": self.prompt}
+        return {"model": "served", **asked, "max_tokens": self.max_tokens, "temperature": 0, **more}
+
+    def text(self, choice: dict[str, Any]) -> str:
+        """What a choice of an answer or of an event holds, thoughts first."""
+        if not self.chat:
+            return choice["text"]
+        said = choice.get("message") or choice["delta"]
+        return (said.get("reasoning_content") or "") + (said.get("content") or "")
 
 
 class Answer(NamedTuple):
@@ -92,12 +106,13 @@ def make_cases(tokenizer: Tokenizer) -> list[Case]:
     rest = texts[len(LENGTHS) :]
     beginning = tokenizer.decode(tokenizer.encode(rest[0])[:SHARED])
     prompts += [beginning + tokenizer.decode(tokenizer.encode(t)[:n]) for t, n in zip(rest[1:], ENDINGS, strict=False)]
-    return [Case(prompt, OUTPUTS[(i + j) % len(OUTPUTS)]) for i, prompt in enumerate(prompts) for j in (0, 3)]
+    cases = [Case(prompt, OUTPUTS[(i + j) % len(OUTPUTS)]) for i, prompt in enumerate(prompts) for j in (0, 3)]
+    return cases + [case._replace(chat=True) for case in cases[::2]]
 
 
 async def request_whole(client: httpx.AsyncClient, case: Case, tally: Tally | None = None, **more: Any) -> Answer | int:
     """A plain answer, or the code of a refusal. Raises `httpx.HTTPError` and `BrokenStream`."""
-    answer = await client.post("/v1/completions", json=case.body(**more))
+    answer = await client.post(case.path, json=case.body(**more))
     if tally is not None:
         tally.codes[str(answer.status_code)] += 1
     if answer.status_code != 200:
@@ -106,7 +121,7 @@ async def request_whole(client: httpx.AsyncClient, case: Case, tally: Tally | No
     if "choices" not in value:
         raise BrokenStream(f"a plain answer without choices: {answer.text[:300]}")
     choice = value["choices"][0]
-    return Answer(choice["text"], choice["finish_reason"], value["usage"]["completion_tokens"])
+    return Answer(case.text(choice), choice["finish_reason"], value["usage"]["completion_tokens"])
 
 
 async def request_stream(client: httpx.AsyncClient, case: Case, tally: Tally) -> Answer | int:
@@ -114,7 +129,7 @@ async def request_stream(client: httpx.AsyncClient, case: Case, tally: Tally) ->
     start = last = time.perf_counter()
     text, reason, usage, done, begun = "", None, None, False, False
     body = case.body(stream=True, stream_options={"include_usage": True})
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
+    async with client.stream("POST", case.path, json=body) as answer:
         tally.codes[str(answer.status_code)] += 1
         if answer.status_code != 200:
             await answer.aread()
@@ -133,7 +148,7 @@ async def request_stream(client: httpx.AsyncClient, case: Case, tally: Tally) ->
             (tally.between if begun else tally.first).append(now - (last if begun else start))
             last, begun = now, True
             for choice in event["choices"]:
-                text += choice["text"]
+                text += case.text(choice)
                 reason = choice["finish_reason"] or reason
             usage = event.get("usage") or usage
     if not done or reason is None or usage is None:
@@ -168,7 +183,7 @@ async def run_stream(client: httpx.AsyncClient, cases: list[Case], tally: Tally,
         tally.answers[case][answer] += 1
         tally.tokens += answer.tokens
         tally.durations.append(time.monotonic() - start)
-        if case in cases and draw.random() < CONTINUE:
+        if case in cases and not case.chat and draw.random() < CONTINUE:
             following = Case(case.prompt + answer.text + "\n\n\n", case.max_tokens)
 
 

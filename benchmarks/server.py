@@ -10,6 +10,7 @@ from pathlib import Path
 
 _START_SECONDS = 300
 _END_SECONDS = 60
+_ANNOUNCED = re.compile(r"fathom: (opening |compiling |model name |requests that |serving at |.*: context of )")
 
 
 class Server:
@@ -29,9 +30,9 @@ class Server:
         return int(found[1]) * 1024
 
     def complaints(self) -> list[str]:
-        """Lines of its log other than the announcement."""
+        """Lines of its log other than what it says on starting."""
         lines = Path(self._log.name).read_text(errors="replace").splitlines()
-        return [line for line in lines if not line.startswith("fathom: serving at ")]
+        return [line for line in lines if not _ANNOUNCED.match(line)]
 
     def close(self) -> int:
         """Ask it to end with SIGTERM. Returns its exit code, negative where a signal had to end it."""

@@ -15,12 +15,12 @@ __all__ = ["Engine", "Transformer", "load"]
 
 # Imports wait for the first use: `import fathom`, and with it `fathom --help`, must not wait for torch.
 def load(
-    path: str | Path, dtype: str = "bfloat16", device: "str | torch.device" = "cpu"
+    path: str | Path, dtype: "str | torch.dtype" = "bfloat16", device: "str | torch.device" = "cpu"
 ) -> "tuple[Transformer, Tokenizer | None]":
     """A model and its tokenizer (None where there is none) from a run, a model folder, a `.gguf` file or a hub name.
 
-    A run's folder stands for its newest checkpoint. `dtype` is what the weights are held in: `bfloat16` or `float32`.
-    Raises `fathom.errors.UserError`.
+    A run's folder stands for its newest checkpoint. `dtype` is what the weights are held in: `bfloat16` or `float32`,
+    by name or torch's own. Raises `fathom.errors.UserError`.
     """
     from fathom.model.checkpoint import load as load_folder
     from fathom.train.run import model_folder

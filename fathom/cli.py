@@ -5,16 +5,24 @@ A wrong input ends with one line on standard error and exit code 2. A traceback 
 """
 
 import argparse
+import contextlib
 import io
+import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fathom
 from fathom.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from fathom.serve.settings import ServiceSettings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see '{self.prog} --help'")
+        raise UserError(f"{message.removeprefix('argument ')}; see '{self.prog} --help'")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows '?' in its place
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _kernels_told():
         warnings.showwarning = _show_note
         return _guarded([word for word in words if word != "--debug"], debug=debug)
 
@@ -95,6 +103,27 @@ def _discard_output() -> None:
 def _show_note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """In place of `warnings.showwarning`: the sentence, without the place in our source that said it."""
     print(f"fathom: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class _Teller(logging.Handler):
+    """Says what the library logs as this program says things."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"fathom: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _kernels_told() -> Iterator[None]:
+    """Meanwhile a person is told that kernels are being compiled, which takes a while."""
+    log, teller = logging.getLogger("fathom.kernels"), _Teller()
+    level = log.level
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(teller)
 
 
 def _run(words: list[str]) -> int:
@@ -193,6 +222,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--max-tokens", type=_positive, default=128, help="longest continuation (128)")
     run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
     run.add_argument("--top-p", type=float, default=0.95, help="nucleus to draw from (0.95)")
+    run.add_argument("--top-k", type=int, default=0, help="draw from this many most likely tokens (all)")
     run.add_argument("--seed", type=int, help="same seed, same text")
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
@@ -200,6 +230,11 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_model(run)
     run.add_argument("--system", default="", help="what to tell the model before everything else")
     run.add_argument("--temperature", type=float, default=0.6, help="0 takes the most likely token (0.6)")
+    run.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (1.0)")
+    run.add_argument("--seed", type=int, help="same seed and questions, same answers")
+    run.add_argument(
+        "--effort", help="how long to think: none, minimal, low, medium, high, xhigh, max (the model's way)"
+    )
     run.add_argument("--max-tokens", type=_positive, help="longest answer, thoughts included (what the context leaves)")
 
     run = verb("serve", _serve, "answer over HTTP: OpenAI's API and a chat page")
@@ -249,13 +284,22 @@ def _add_service(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], help="a key that clients must send; can be repeated; 'ps' shows it")
     add("--api-key-file", type=Path, help="file with such keys, one a line; FATHOM_API_KEYS holds more")
     add("--served-model-name", action="append", help="name for requests to give, can be repeated (the model's own)")
+    add("--temperature", type=_between(0, 2), help="for requests that give none (the model's, else 1.0)")
+    add("--top-p", type=_between(0, 1, open=True), help="for requests that give none (the model's, else 1.0)")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        help="origin whose web pages may ask, can be repeated; '*' is all",
+    )
     add("--max-context", type=_positive, help="longest prompt and answer together, in tokens (the model's)")
     add("--cache-memory", type=_gigabytes, help="gigabytes for the KV cache (1.07)")
     add("--max-running", type=_positive, help="requests computed at once (256)")
     add("--queue", type=_positive, help="requests that may wait; more get a 503 (1024)")
-    add("--weights", choices=["int8"], help="round weights for speed; the text changes slightly (as loaded)")
+    add("--weights", choices=["int8", "fp8"], help="round weights for speed; the text changes slightly (as loaded)")
     add("--rate", type=_positive, help="requests a minute for each key; more get a 429 (no bound)")
     add("--concurrency", type=_positive, help="requests at once for each key; more get a 429 (no bound)")
+    add("--log-requests", action="store_true", help="a line for each request on standard error; no texts, no keys")
     add("--max-body", type=_positive, default=8, help="megabytes of the longest request (8)")
     add("--drain", type=_positive, default=30, help="seconds that running answers may take after SIGTERM (30)")
 
@@ -264,6 +308,23 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
     return int(text)
+
+
+def _between(least: float, most: float, *, open: bool = False) -> Callable[[str], float]:
+    """Reads a number from `least` (`open`: above it) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or (open and value == least):
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a number {'above' if open else 'from'} {least} to {most}"
+            )
+        return value
+
+    return read
 
 
 def _gigabytes(text: str) -> float:
@@ -339,16 +400,17 @@ def _load(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from fathom.engine.generate import generate
     from fathom.engine.protocol import Sampling
 
     sampling = Sampling.parse(
-        {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}, where="generate"
+        {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed")}, where="generate"
     )
-    model, tokenizer = _open(options)
-    if tokenizer is None:
-        raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
     prompt = _prompt(options.prompt)
+    tell = sys.stderr.isatty()
+    _say_opening(options, tell=tell)
+    from fathom.engine.generate import generate
+
+    model, tokenizer = _open_for_text(options, tell=tell)
     for piece in generate(
         model, tokenizer, prompt, max_tokens=options.max_tokens, sampling=sampling, chat=options.chat
     ):
@@ -358,38 +420,62 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from fathom.engine.engine import Engine, EngineSettings
-    from fathom.serve.terminal import ChatSettings, chat
+    from fathom.serve.screen import keyboard_kept
 
-    values = {name: getattr(options, name) for name in ("system", "temperature", "max_tokens")}
-    settings = ChatSettings.parse(values, where="chat")
-    model, tokenizer = _open(options)
-    if tokenizer is None:
-        raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
-    engine = Engine(model, tokenizer, EngineSettings())
-    try:
+    tell = sys.stderr.isatty()
+    with keyboard_kept():
+        _say_opening(options, tell=tell)
+        from fathom.engine.engine import Engine, EngineSettings
+        from fathom.serve.terminal import ChatSettings, chat
+
+        names = ("system", "temperature", "top_p", "seed", "max_tokens", "effort")
+        settings = ChatSettings.parse({name: getattr(options, name) for name in names}, where="chat")
+        model, tokenizer = _open_for_text(options, tell=tell)
+        engine = Engine(model, tokenizer, EngineSettings())
+    with engine:
         return chat(engine, tokenizer, settings)
-    finally:
-        engine.close()
 
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from fathom.serve.app import create_app
-        from fathom.serve.server import announcement, listen, read_keys, run
+        from fathom.serve.server import announcement, check_origins, listen, read_keys, run, served_hosts
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs the package {error.name}: pip install 'fathom-lm[serve]'") from None
-    from fathom.engine.engine import Engine, EngineSettings
+    from fathom.serve.machine import check_cache_memory
     from fathom.serve.settings import ServiceSettings
 
+    if options.cache_memory is not None:
+        check_cache_memory(options.cache_memory)
     settings = ServiceSettings(
         names=tuple(options.served_model_name or [_served_name(options.model)]),
         api_keys=read_keys(options.api_key, options.api_key_file),
+        allow_origins=check_origins(options.allow_origin),
+        log_requests=options.log_requests,
         requests_per_minute=options.rate,
         concurrent_requests=options.concurrency,
         max_body_bytes=options.max_body * 10**6,
         drain_seconds=options.drain,
     )
+    # The address first: that it is taken should not be learnt after minutes of loading.
+    with listen(options.host, options.port) as listener:
+        hosts = served_hosts(listener, options.host, settings.allow_origins)
+        app = _service(options, settings.replace(hosts=hosts))
+        for line in announcement(listener, app.state.service.settings):
+            print(f"fathom: {line}", file=sys.stderr)
+        run(app, listener)
+    return 0
+
+
+def _service(options: argparse.Namespace, settings: "ServiceSettings") -> "FastAPI":
+    """The application over the model that the command line names."""
+    _say_opening(options, tell=True)
+    from fathom.engine.engine import Engine, EngineSettings
+    from fathom.serve.app import create_app
+    from fathom.serve.defaults import default_sampling
+    from fathom.train.run import model_folder
+
+    model, tokenizer = _open_for_text(options, tell=True)
+    sampling = default_sampling(model_folder(options.model), temperature=options.temperature, top_p=options.top_p)
     sizes = {
         "context": options.max_context,
         "cache_memory": None if options.cache_memory is None else int(options.cache_memory * 1e9),
@@ -398,16 +484,8 @@ def _serve(options: argparse.Namespace) -> int:
         "weights": options.weights,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    with listen(options.host, options.port) as listener:
-        model, tokenizer = _open(options)
-        if tokenizer is None:
-            raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
-        engine = Engine(model, tokenizer, EngineSettings.parse(given, where="serve"))
-        app = create_app(engine, tokenizer, settings)
-        for line in announcement(listener, with_keys=bool(settings.api_keys)):
-            print(f"fathom: {line}", file=sys.stderr)
-        run(app, listener)
-    return 0
+    engine = Engine(model, tokenizer, EngineSettings.parse(given, where="serve"))
+    return create_app(engine, tokenizer, settings.replace(sampling=sampling))
 
 
 def _served_name(model: str) -> str:
@@ -446,6 +524,26 @@ def _open(options: argparse.Namespace):
 
     dtype = options.dtype or ("bfloat16" if has_bf16() else "float32")
     return fathom.load(options.model, dtype=dtype)
+
+
+def _say_opening(options: argparse.Namespace, *, tell: bool) -> None:
+    """To be called before the first heavy import, for that is part of what a person waits for."""
+    if tell:
+        print(f"fathom: opening {options.model} …", file=sys.stderr, flush=True)
+
+
+def _open_for_text(options: argparse.Namespace, *, tell: bool):
+    """As `_open`, for what cannot do without a tokenizer; `tell` says on standard error what was opened."""
+    model, tokenizer = _open(options)
+    if tokenizer is None:
+        raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
+    if tell:
+        from fathom.serve.prompt import Prompter
+
+        thinks = "thinks visibly" if Prompter(tokenizer).thinks else "no visible thoughts"
+        context = getattr(options, "max_context", None) or model.config.max_position_embeddings
+        print(f"fathom: {options.model}: context of {context:,} tokens, {thinks}", file=sys.stderr)
+    return model, tokenizer
 
 
 def _stored_dtype(source: Path) -> str:

@@ -132,7 +132,7 @@ def test_mistyped_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     save_model(build(V3), tmp_path / "quickstart")
     code, _, err = _run(capsys, "load", str(tmp_path / "quikstart"))
     assert code == 2
-    assert "did you mean 'quickstart'?" in err
+    assert f"did you mean '{tmp_path / 'quickstart'}'?" in err
 
 
 def test_help_needs_no_torch() -> None:

@@ -22,8 +22,8 @@ from fathom.errors import UserError
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """`messages` (dicts with `role` and `content`) through a Jinja chat template.
+def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """`messages` (dicts with `role` and `content`) through a Jinja chat template, in which `variables` have values.
 
     As in `transformers`, keys whose value is None are left out, and a message's reasoning is found under each
     of its customary names. Raises `UserError` when the template is broken or refuses the messages.
@@ -31,7 +31,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     if not messages:
         raise UserError("chat: no messages; give at least one")
     try:
-        return _compile(template).render(messages=[_message(m) for m in messages], **variables)
+        # One mapping, not keywords: a variable may be called like a parameter (`self`).
+        return _compile(template).render({**variables, "messages": [_message(m) for m in messages]})
     except Exception as error:  # a template is a stranger's program: it can fail in any way
         raise UserError(f"chat template: {_one_line(error)}; check the messages' roles and contents") from None
 

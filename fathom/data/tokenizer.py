@@ -104,7 +104,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS. With `special`, control tokens spelled in it become tokens."""
-        backend = self.backend if special else self._plain
+        backend = self.backend if special else self.plain_backend
         try:
             return backend.encode(text, add_special_tokens=False).ids
         except TypeError:
@@ -112,7 +112,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode(text)` of each, on all cores (the library's own threads; `RAYON_NUM_THREADS` limits them)."""
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -124,7 +124,7 @@ class Tokenizer:
         return TextStream(self, skip_special)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **extra: Any
     ) -> str:
         """`messages` as the string this model was trained on, BOS included: encode it with `special=True`.
 
@@ -133,8 +133,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError("chat: this model's folder has no chat template; give it plain text instead")
         names = {f"{name}_token": token for name, token in self._named_tokens().items()}
-        variables = {"tools": None, "documents": None, **names, **extra}
-        return chat.render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **variables)
+        own = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return chat.render(self.chat_template, messages, {**own, **names, **extra})
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -171,8 +171,8 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     @functools.cached_property
-    def _plain(self) -> Backend:
-        """The same tokenizer, to which the spelling of a control token is ordinary text."""
+    def plain_backend(self) -> Backend:
+        """A copy of `backend`, to which the spelling of a control token is ordinary text."""
         definition = json.loads(self.backend.to_str())
         # The library can overlook special tokens, and only them: here, that is what control tokens are.
         for token in definition["added_tokens"]:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fathom.engine.protocol import Chunk, Engine, FinishReason, Request, TokenLogprob, Usage
+from fathom.engine.protocol import Chunk, Engine, FinishReason, QueueFull, Request, Ticket, TokenLogprob, Usage
 from fathom.errors import UserError
 
 
@@ -24,6 +24,8 @@ class Completion:
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk. Raises `UserError` for one that reports an error."""
+        if chunk.finish_reason == "error" and chunk.fault == "request":
+            raise UserError(chunk.message)
         if chunk.finish_reason == "error":
             raise UserError(f"the engine could not finish a completion: {chunk.message}")
         if chunk.part == "thinking":
@@ -37,9 +39,13 @@ class Completion:
 
 
 def complete(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """All completions, in the order of the requests, computed together. Raises `UserError`, and cancels the rest."""
+    """All completions, in the order of the requests, computed together as far as the engine's queue has room.
+
+    Raises `UserError`; then, and when interrupted, it returns when the engine has let go of all of them.
+    """
     chunks: list[list[Chunk]] = [[] for _ in requests]
     ended = threading.Semaphore(0)
+    under_way = 0
 
     def listener(received: list[Chunk]) -> Callable[[Chunk], None]:
         def deliver(chunk: Chunk) -> None:
@@ -49,15 +55,26 @@ def complete(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
 
         return deliver
 
-    tickets = []
+    tickets: list[Ticket] = []
     try:
-        for request, received in zip(requests, chunks, strict=True):
-            tickets.append(engine.submit(request, listener(received)))
-        for _ in requests:
+        while len(tickets) < len(requests):
+            place = len(tickets)
+            try:
+                tickets.append(engine.submit(requests[place], listener(chunks[place])))
+                under_way += 1
+            except QueueFull:
+                if not under_way:
+                    raise
+                ended.acquire()
+                under_way -= 1
+        while under_way:
             ended.acquire()
+            under_way -= 1
     except BaseException:
         for ticket in tickets:
             ticket.cancel()
+        for _ in range(under_way):
+            ended.acquire()
         raise
     completions = []
     for received in chunks:

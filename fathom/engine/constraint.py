@@ -2,15 +2,21 @@
 
 The work is done by `llguidance` (MIT; no dependencies; an Earley parser over lexemes that walks a trie of the
 vocabulary). Schemas and grammars come from strangers. The library bounds its own lexer and parser; what it does not
-bound is bounded here: the length of the text, the depth of recursion over it (a stack of its own), and `multipleOf`,
-whose automaton has as many states as the number has values.
+bound is bounded here: the length of the text, the depth of recursion over it (a stack of its own), `multipleOf`, whose
+automaton has as many states as the numbers together have values, and intersections of expressions, which are compiled
+on trial first (`probe.py`).
 """
 
 import functools
 import importlib
 import json
+import math
+import secrets
+import subprocess
+import sys
 import threading
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +24,28 @@ import torch
 from torch import Tensor
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.protocol import Constraint
+from fathom.engine.protocol import Constraint, QueueFull
 from fathom.errors import UserError
 
 _LONGEST_SCHEMA = 65_536  # bytes
 _LONGEST_GRAMMAR = 8_192  # what the library says of a mistake can take quadratic time
 _LARGEST_MULTIPLE = 10_000
+_INTERSECTING = {"allOf", "pattern", "patternProperties", "multipleOf", "format", "x-guidance"}
+"""Keys of schemas that may be compiled to an intersection of expressions."""
+_INTERSECTING_SIGNS = ("&", "~", "%")
+"""The same in grammars (of directives, some hold grammars of other kinds)."""
+_PROBES = 2
 _WHITESPACE = r"[ \n\r\t]{1,64}"  # unbounded, a small model can write white space until its tokens end
 _STACK_BYTES = 512 * 2**20  # address space, not memory: only what recursion touches becomes real
-_COMPILED_KEPT = 64
+_COMPILED_KEPT = 32  # of at most about half a gigabyte
+_LIMITS = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
 _stack_size = threading.Lock()  # the size is the whole process's setting
 
 
@@ -51,24 +70,19 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         try:
             self._vocabulary = self._library.LLTokenizer(
-                tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(self._ends)
+                _definition(tokenizer), n_vocab=vocab_size, eos_token=list(self._ends)
             )
         except ValueError as error:
             raise UserError(f"constraint: llguidance cannot use this vocabulary ({_one_line(error)})") from None
-        self._limits = self._library.LLParserLimits(
-            initial_lexer_fuel=200_000,
-            step_lexer_fuel=200_000,
-            step_max_items=20_000,
-            max_lexer_states=50_000,
-            max_grammar_size=100_000,
-            verbose_errors=False,
-        )
+        self._limits = self._library.LLParserLimits(**_LIMITS)
+        self._probes = threading.BoundedSemaphore(_PROBES)
         self._compiled = functools.lru_cache(maxsize=_COMPILED_KEPT)(self._compile)
 
     def start(self, constraint: Constraint) -> "Matcher":
         """A matcher before the answer's first token. From any thread; compiles a constraint that is new.
 
-        Raises `UserError` for a constraint that is malformed, unsupported or too large.
+        Raises `UserError` for a constraint that is malformed, unsupported or too large, and `QueueFull` while others
+        are being tried out.
         """
         return Matcher(self._compiled(constraint.kind, constraint.text), self._vocab_size, self._ends)
 
@@ -83,7 +97,7 @@ class GrammarCompiler:
             try:
                 matcher.append(self._matcher(kind, text))
                 matcher[0].compute_bitmask()  # some limits show only here
-            except (UserError, ValueError) as error:
+            except (UserError, ValueError, RuntimeError) as error:
                 failed.append(error)
 
         with _stack_size:
@@ -94,7 +108,7 @@ class GrammarCompiler:
             finally:
                 threading.stack_size(before)
         thread.join()
-        if failed and isinstance(failed[0], UserError):
+        if failed and not isinstance(failed[0], ValueError):
             raise failed[0]
         error = failed[0] if failed else matcher[0].get_error()
         if error:
@@ -103,17 +117,37 @@ class GrammarCompiler:
 
     def _matcher(self, kind: str, text: str) -> Any:
         library = self._library.LLMatcher
+        intersects = False
         if kind == "regex":
             grammar = library.grammar_from_regex(text)
         elif kind == "grammar":
             if "%json" in text:
                 raise UserError("constraint: %json inside a grammar is not supported; use a json_schema instead")
             grammar = library.grammar_from_lark(text)
+            intersects = any(sign in text for sign in _INTERSECTING_SIGNS)
         else:
             schema = '{"type": "object"}' if kind == "json_object" else text
-            _check_schema(schema)
+            intersects = not _INTERSECTING.isdisjoint(_check_schema(schema))
             grammar = library.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
+        if intersects:
+            self._probe(kind, grammar)
         return library(self._vocabulary, grammar, log_level=0, limits=self._limits)
+
+    def _probe(self, kind: str, grammar: str) -> None:
+        """Raise `UserError` for a grammar that cannot be compiled within bounds."""
+        if not self._probes.acquire(blocking=False):
+            raise QueueFull("other constraints like this one are being compiled; try again later")
+        try:
+            wanted = json.dumps({"grammar": grammar, "limits": _LIMITS, "stack": _STACK_BYTES})
+            # -P: beside the program lie modules of ours, whose names are not to be found by what it imports.
+            command = [sys.executable, "-P", str(Path(__file__).with_name("probe.py"))]
+            ended = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
+        finally:
+            self._probes.release()
+        if ended.returncode < 0:
+            raise UserError(f"constraint: the {kind} takes too long or too much memory to compile; simplify it")
+        if ended.returncode:
+            raise RuntimeError(f"a grammar's trial failed: {_one_line(ended.stderr)}")
 
 
 class Matcher:
@@ -157,31 +191,66 @@ class Matcher:
             )
 
 
-def _check_schema(text: str) -> None:
-    """Raise `UserError` for text that is no JSON, and for a `multipleOf` that would take for ever."""
+def _definition(tokenizer: Tokenizer) -> str:
+    """`tokenizer.json` of a vocabulary in which no text spells a control token.
+
+    The library tokenizes what a grammar leaves no choice about, and would find them there whatever their flags say.
+    """
+    definition = json.loads(tokenizer.plain_backend.to_str())
+    secret = secrets.token_hex(16)
+    names = {}
+    for token in definition["added_tokens"]:
+        if token["special"]:
+            names[token["content"]] = token["content"] = f"<{secret}{token['id']}>"
+    vocabulary = definition["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        definition["model"]["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
+    else:  # of pairs with a score
+        definition["model"]["vocab"] = [[names.get(piece, piece), *score] for piece, *score in vocabulary]
+    return json.dumps(definition)
+
+
+def _check_schema(text: str) -> set[str]:
+    """All keys in a schema. Raises `UserError` for text that is no JSON, and for `multipleOf` that is too large.
+
+    Wherever in a schema they stand, several can be followed at once, and then take a state for each of their remainders
+    together: as many as the least common multiple of their digits.
+    """
     try:
         left = [json.loads(text)]
     except (ValueError, RecursionError) as error:
         raise UserError(f"constraint: the JSON schema cannot be read ({_one_line(error)})") from None
+    keys: set[str] = set()
+    states = 1
     while left:
         node = left.pop()
         if isinstance(node, list):
             left.extend(node)
         elif isinstance(node, dict):
             left.extend(node.values())
+            keys.update(node)
             number = node.get("multipleOf")
-            if isinstance(number, int | float) and int("".join(_digits(number))) > _LARGEST_MULTIPLE:
+            if isinstance(number, int | float):
+                states = math.lcm(states, _digits(number) or 1)
+            if states > _LARGEST_MULTIPLE:
                 raise UserError(
-                    f"constraint: multipleOf {number} in the JSON schema has too many digits; "
-                    f"whole numbers to {_LARGEST_MULTIPLE} can be used, and those with a decimal point in them"
+                    f"constraint: multipleOf {str(number)[:20]} in the JSON schema has too many digits, alone or "
+                    f"with others: their least common multiple, without decimal points, may be {_LARGEST_MULTIPLE}"
                 )
+    return keys
 
 
-def _digits(number: int | float) -> list[str]:
-    """The significant digits of a number, at least one."""
-    return [str(digit) for digit in Decimal(str(number)).as_tuple().digits] or ["0"]
+def _digits(number: int | float) -> int:
+    """A number without its decimal point: 0.25 is 25, 2.0 is 2."""
+    if not math.isfinite(number):
+        return 0
+    exact = abs(Decimal(str(number)))
+    whole = exact == exact.to_integral_value()
+    return int(exact) if whole else int("".join(map(str, exact.normalize().as_tuple().digits)))
 
 
 def _one_line(error: object) -> str:
     line = " ".join(str(error).replace("<non-verbose/>", "").split())
+    if line.startswith("NoExtension"):  # the library's name for it
+        return "no text fits it"
     return line if len(line) <= 200 else f"{line[:197]}..."

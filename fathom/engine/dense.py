@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.kernels import ops
+from fathom.kernels.panels import Packed
 from fathom.model.attention import GQA
 from fathom.model.cache import KVCache
 from fathom.model.moe import RouterReport
@@ -76,7 +77,7 @@ def _parts(layer: DecoderLayer) -> tuple[list[Tensor | None], set[torch.dtype]] 
     attention, mlp = layer.self_attn, layer.mlp
     projection, gate_up = getattr(attention, "projection", None), getattr(mlp, "gate_up", None)
     output = getattr(attention.o_proj, "weight", None)
-    if not isinstance(attention, GQA) or projection is None or gate_up is None or not isinstance(output, ops.Packed):
+    if not isinstance(attention, GQA) or projection is None or gate_up is None or not isinstance(output, Packed):
         return None
     if hasattr(mlp, "experts"):
         return None

@@ -17,14 +17,20 @@ Speculation (`drafts.py`): a model with a multi-token-prediction module guesses 
 next step checks the guess while it computes. What is delivered is distributed as without, and equal where greedy.
 """
 
+import atexit
+import functools
+import inspect
 import logging
+import math
+import operator
 import queue
+import reprlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -33,6 +39,7 @@ from fathom.config.section import Section
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.blocks import SINGLES_BELOW, BlockPool
 from fathom.engine.complete import Completion, complete
+from fathom.engine.consensus import consensus
 from fathom.engine.constraint import GrammarCompiler
 from fathom.engine.dense import dense_decoder
 from fathom.engine.output import OutputStream
@@ -42,7 +49,7 @@ from fathom.engine.sampling import SamplerState
 from fathom.engine.sequence import Sequence
 from fathom.engine.stepping import Counts, Stepper, Work
 from fathom.engine.thinking import find_think_tags
-from fathom.errors import UserError
+from fathom.errors import UserError, nearest
 from fathom.kernels.memory import keep_freed_memory
 from fathom.kernels.ops import PAGE, release_threads
 from fathom.model.paged import PagedCache
@@ -62,10 +69,11 @@ class EngineSettings(Section):
     """Requests that may wait; more are refused."""
     prefill_tokens: int = Field(default=256, ge=1)
     """Tokens of prompts per step: more read prompts faster, and make those who are writing wait longer."""
-    context: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=2)
     """Longest prompt and output together; None is what the model was made for."""
     weights: Weights = "as loaded"
-    """`int8` rounds weights to blocks of int8: faster where memory is the limit, slightly different text."""
+    """`int8` and `fp8` round weights to blocks of one byte each: faster where memory is the limit, slightly different
+    text. `int8` rounds activations too; `fp8` does not, and keeps the numbers of a folder that is in FP8 already."""
     speculate: bool = True
     """Draft with the model's multi-token-prediction module, if it has one."""
 
@@ -101,7 +109,10 @@ class Engine:
         one_page = PagedCache(config, pages=1, dtype=dtype, mtp_layers=int(speculates)).nbytes()
         pages = settings.cache_memory // one_page
         if pages < 2:
-            raise UserError(f"cache_memory: {settings.cache_memory} bytes hold no two pages of {one_page}; give more")
+            least = math.ceil(2 * one_page / 1e6) / 1e3
+            raise UserError(
+                f"cache_memory (--cache-memory): this model needs at least {least:g} GB, in bytes {2 * one_page}"
+            )
         # Nobody can ever hold more: memory that would stay untouched need not be asked for.
         pages = min(pages, settings.max_running * -(-self.context // PAGE))
         self._cache = PagedCache(config, pages=pages, dtype=dtype, mtp_layers=int(speculates))
@@ -112,7 +123,8 @@ class Engine:
         self._stepper = Stepper(model, self._cache, self._pool, speculates=speculates)
         self.think_tags = find_think_tags(tokenizer, config.vocab_size)
         """How the model writes its thoughts, or None."""
-        self._grammars: GrammarCompiler | None = None
+        self._compiler = functools.cache(lambda: GrammarCompiler(tokenizer, config.vocab_size))
+        self._compiler_lock = threading.Lock()
         self._arrived: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -127,6 +139,8 @@ class Engine:
         keep_freed_memory()
         self._thread = threading.Thread(target=self._run, name="fathom-engine", daemon=True)
         self._thread.start()
+        # A thread that is inside of the kernels when the interpreter ends would take the process down with it.
+        atexit.register(self.close)
 
     def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> BuiltinTicket:
         """Queue `request`; `deliver` is called from the engine's thread and must return at once.
@@ -136,7 +150,9 @@ class Engine:
         request = self._checked(request)
         matcher = None
         if request.constraint is not None:
-            matcher = self._compiler().start(request.constraint)
+            with self._compiler_lock:  # making one takes a second, in which nobody else should wait
+                compiler = self._compiler()
+            matcher = compiler.start(request.constraint)
         sequence = Sequence(
             request,
             deliver,
@@ -160,26 +176,50 @@ class Engine:
         *,
         max_tokens: int = 256,
         thinking_budget: int | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | tuple[str, ...] = (),
+        best_of: int = 1,
+        check: Callable[[str], float] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete all prompts together, texts or token ids; in their order.
 
-        `sampling` are fields of `protocol.Sampling` (temperature, top_p, seed, …). Raises `UserError`.
+        `sampling` are fields of `protocol.Sampling` (temperature, top_p, seed, …); a seed grows by one from each
+        completion to the next. With `best_of`, so many are drawn for each prompt, and the one is given that `check`
+        scores highest (a number, or whether its text is right), and of those the first that most others agree with
+        (`consensus`). Raises `UserError`.
         """
-        thinking = None if thinking_budget is None else Thinking(budget=thinking_budget)
+        if self._closing:
+            raise UserError("this engine is closed; make another one")
+        prompts = _listed(prompts)
+        _refuse_unknown(sampling)
+        if best_of < 1 or (check is not None and best_of < 2):
+            raise UserError(f"best_of {best_of}: nothing to choose from; give how many to draw for each prompt")
+        drawn = Sampling.parse(sampling, where="generate")
+        thinking = None
+        if thinking_budget is not None:
+            thinking = Thinking.parse({"budget": thinking_budget}, where="generate: thinking_budget")
         start = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         requests = [
             Request(
                 start + self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
                 max_tokens,
-                Sampling.parse(sampling, where="generate"),
-                stop=stop,
+                drawn.of_sample(index * best_of + sample),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
                 thinking=thinking,
             )
-            for prompt in prompts
+            for index, prompt in enumerate(prompts)
+            for sample in range(best_of)
         ]
-        return complete(self, requests)
+        completions = complete(self, requests)
+        groups = [completions[start : start + best_of] for start in range(0, len(completions), best_of)]
+        return [group[consensus([one.text for one in group], check=check).winner] for group in groups]
+
+    def __enter__(self) -> Self:
+        """The engine itself, which is closed when the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def statistics(self) -> Statistics:
         """Counters and levels, from any thread."""
@@ -196,30 +236,35 @@ class Engine:
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def _checked(self, request: Request) -> Request:
-        length = len(request.prompt_ids)
-        outside = next((t for t in request.prompt_ids if not 0 <= t < self._vocab_size), None)
+        try:
+            prompt_ids = [operator.index(token) for token in request.prompt_ids]
+        except TypeError:
+            raise UserError("prompt: its token ids must be a list of whole numbers") from None
+        try:
+            max_tokens = operator.index(request.max_tokens)
+        except TypeError:
+            raise UserError(f"max_tokens must be a whole number, not {reprlib.repr(request.max_tokens)}") from None
+        length = len(prompt_ids)
+        outside = next((t for t in prompt_ids if not 0 <= t < self._vocab_size), None)
         if not length:
             raise UserError("the prompt has no tokens; give some text to continue")
         if outside is not None:
             raise UserError(f"prompt: there is no token {outside}; ids go from 0 to {self._vocab_size - 1}")
         if length >= self.context:
             raise UserError(f"the prompt has {length} tokens, but the context is {self.context}; shorten it")
-        if request.max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+        if request.logprobs is not None and request.logprobs < 0:
+            raise UserError(f"logprobs must be at least 0, not {request.logprobs}")
         most = min(self.context, self._pool.count * PAGE)
         if length >= most:
             raise UserError(
                 f"the prompt has {length} tokens, but the cache holds {most}; shorten it or give more memory"
             )
-        return replace(request, max_tokens=min(request.max_tokens, most - length))
-
-    def _compiler(self) -> GrammarCompiler:
-        with self._lock:
-            if self._grammars is None:
-                self._grammars = GrammarCompiler(self._tokenizer, self._vocab_size)
-            return self._grammars
+        return replace(request, prompt_ids=prompt_ids, max_tokens=min(max_tokens, most - length))
 
     # ------------------------------------------------------------------------------------------ the engine's thread
 
@@ -366,3 +411,25 @@ class Engine:
             waiting=len(self._waiting) + self._arrived.qsize(),
             cache_blocks_used=self._pool.used,
         )
+
+
+def _listed(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
+    """`prompts` as a list. Raises `UserError` for what is likely meant as one prompt, or as a conversation."""
+    if isinstance(prompts, str):
+        shown = prompts if len(prompts) <= 20 else f"{prompts[:19]}…"
+        raise UserError(f"prompts is one text; give a list: [{shown!r}]")
+    listed = list(prompts)
+    for prompt in listed:
+        if isinstance(prompt, int):
+            raise UserError("prompts is one list of token ids; give a list of them: [[1, 2, …]]")
+        if isinstance(prompt[0] if isinstance(prompt, list) and prompt else prompt, Mapping):
+            raise UserError("prompts are texts or token ids, not messages; put them into the chat template first")
+    return listed
+
+
+def _refuse_unknown(sampling: Iterable[str]) -> None:
+    """Raises `UserError` for the name of a parameter that `Engine.generate` does not have."""
+    own = inspect.signature(Engine.generate).parameters.values()
+    known = [*Sampling.model_fields, *(name.name for name in own if name.kind is name.KEYWORD_ONLY)]
+    if unknown := next((name for name in sampling if name not in known), None):
+        raise UserError(f"generate: unknown parameter '{unknown}'{nearest(unknown, known)}")

@@ -6,7 +6,7 @@ right before a closing one and right after it. A stop string is therefore looked
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.matching import Search
-from fathom.engine.protocol import Chunk, FinishReason, Part, Request, TokenLogprob, Usage
+from fathom.engine.protocol import Chunk, Fault, FinishReason, Part, Request, TokenLogprob, Usage
 from fathom.engine.thinking import CLOSING, OPENING, Tag, ThinkTags, ThoughtTracker
 from fathom.errors import UserError
 
@@ -65,7 +65,7 @@ class OutputStream:
             self._emit()
         return self._take()
 
-    def end(self, reason: FinishReason, message: str = "") -> list[Chunk]:
+    def end(self, reason: FinishReason, message: str = "", fault: Fault = "engine") -> list[Chunk]:
         """End the output now. What was held back is shown, unless a stop string came before.
 
         `length` becomes `stop` where the text held back has a whole stop string.
@@ -73,7 +73,7 @@ class OutputStream:
         assert self.finish_reason is None, f"{self.finish_reason=}"
         self._flush()
         self.finish_reason = "stop" if self._stopped and reason == "length" else reason
-        self._emit(message)
+        self._emit(message, fault)
         return self._take()
 
     @property
@@ -156,7 +156,7 @@ class OutputStream:
             self._newlines = ""
         self._flush_stop_search()
 
-    def _emit(self, message: str = "", *, keep: int = 0) -> None:
+    def _emit(self, message: str = "", fault: Fault = "engine", *, keep: int = 0) -> None:
         """Put a chunk out, with all tokens but the last `keep`."""
         count = len(self._tokens) - keep
         logprobs = None
@@ -164,7 +164,7 @@ class OutputStream:
             logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
         tokens, self._tokens = self._tokens[:count], self._tokens[count:]
         text, self._text = self._text, ""
-        self._chunks.append(Chunk(self._part, text, tokens, logprobs, self.usage, self.finish_reason, message))
+        self._chunks.append(Chunk(self._part, text, tokens, logprobs, self.usage, self.finish_reason, message, fault))
 
     def _take(self) -> list[Chunk]:
         chunks, self._chunks = self._chunks, []

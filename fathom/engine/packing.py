@@ -5,6 +5,7 @@ What the kernels cannot take (an odd width, no compiler on the machine) stays as
 """
 
 import copy
+import warnings
 from typing import Literal
 
 import torch
@@ -12,19 +13,21 @@ from torch import Tensor, nn
 
 from fathom.errors import UserError
 from fathom.kernels import ops
+from fathom.kernels.panels import DTYPES, Packed, Rounding, pack
 from fathom.model.attention import GQA, MLA
 from fathom.model.layers import FeedForward, Linear, RMSNorm
 from fathom.model.moe import Experts, Router, Routing
 from fathom.model.transformer import Transformer
 
-Weights = Literal["as loaded", "int8"]
-"""What products read: the model's own numbers, or int8 blocks of 64 (activations are then rounded alike)."""
+Weights = Literal["as loaded", "int8", "fp8"]
+"""What products read: the model's own numbers, int8 in blocks of 64 (activations are then rounded alike), or float8 in
+DeepSeek's blocks of 128 × 128 (activations stay bfloat16)."""
 
 
 class PackedLinear(nn.Module):
     """`Linear` over panels; `wide` returns float32."""
 
-    def __init__(self, weight: ops.Packed, bias: Tensor | None, *, wide: bool = False) -> None:
+    def __init__(self, weight: Packed, bias: Tensor | None, *, wide: bool = False) -> None:
         super().__init__()
         self.weight, self.bias, self.wide = weight, bias, wide
 
@@ -36,7 +39,7 @@ class PackedLinear(nn.Module):
 class PackedFeedForward(nn.Module):
     """`FeedForward` whose gate and up products are one, activation included."""
 
-    def __init__(self, gate_up: ops.Packed, down: ops.Packed) -> None:
+    def __init__(self, gate_up: Packed, down: Packed) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
@@ -48,7 +51,7 @@ class PackedFeedForward(nn.Module):
 class PackedExperts(nn.Module):
     """`Experts` in one kernel."""
 
-    def __init__(self, gate_up: ops.Packed, down: ops.Packed) -> None:
+    def __init__(self, gate_up: Packed, down: Packed) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
@@ -72,7 +75,7 @@ class KernelRMSNorm(nn.Module):
 class PackedRouter(Router):
     """`Router` whose scores do not depend on how many tokens are routed at once."""
 
-    def __init__(self, router: Router, weight: ops.Packed) -> None:
+    def __init__(self, router: Router, weight: Packed) -> None:
         nn.Module.__init__(self)
         self.__dict__ |= copy.copy(router).__dict__
         self.packed = weight
@@ -103,7 +106,7 @@ class PackedGQA(GQA):
 class PackedMLA(MLA):
     """`MLA` whose absorbed projections are packed, a matrix per head."""
 
-    def __init__(self, attention: MLA, up_key: ops.Packed, up_value: ops.Packed) -> None:
+    def __init__(self, attention: MLA, up_key: Packed, up_value: Packed) -> None:
         nn.Module.__init__(self)
         self.__dict__ |= attention.__dict__
         self.up_key, self.up_value = up_key, up_value
@@ -120,24 +123,55 @@ class PackedMLA(MLA):
 def packed(model: Transformer, weights: Weights = "as loaded") -> Transformer:
     """`model` with packed weights, in the dtype of its activations; it keeps no reference to what it could pack.
 
-    Raises `UserError` where int8 is asked for and the machine has no kernels for it.
+    Raises `UserError` where weights are to be rounded and the machine has no kernels for it; warns of those that stay.
     """
     dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
     sample = torch.empty(0, dtype=dtype, device=model.model.embed_tokens.weight.device)
-    if weights == "int8" and (dtype is not torch.bfloat16 or not ops.usable(sample)):
+    rounding = None if weights == "as loaded" else weights
+    if rounding and (dtype is not torch.bfloat16 or not ops.usable(sample)):
         raise UserError(
-            "int8 weights need a C++ compiler and a model in bfloat16 on the CPU; install g++, use --dtype bfloat16"
+            f"{weights} weights need a C++ compiler and a model in bfloat16 on the CPU; "
+            "install g++, use --dtype bfloat16"
         )
     if not ops.usable(sample):
         return model
-    clone = _Packer(dtype, int8=weights == "int8").clone(model)
+    clone = _Packer(dtype, rounding).clone(model)
     clone.eval()
+    if rounding:
+        _say_what_stays(clone, rounding)
     return clone
 
 
+def _say_what_stays(model: nn.Module, rounding: Rounding) -> None:
+    """One warning with the number of matrices that stay as they were loaded because of their width."""
+    found = [dtype for module in model.modules() for dtype in _dtypes_of_matrices(module)]
+    stay = sum(dtype is not DTYPES[rounding] for dtype in found)
+    if stay:
+        width = "no multiple of 64" if rounding == "int8" else "odd"
+        warnings.warn(
+            f"{rounding}: {stay} of {len(found)} matrices stay in bfloat16, because their width is {width}",
+            stacklevel=3,
+        )
+
+
+def _dtypes_of_matrices(module: nn.Module) -> list[torch.dtype]:
+    """What the module itself multiplies by, of those that may be rounded."""
+    if isinstance(module, Linear):
+        return [module.weight.dtype]
+    if isinstance(module, Experts):
+        return [module.down_proj.dtype] * 2 * module.down_proj.shape[0]
+    if isinstance(module, PackedLinear):
+        return [module.weight.panels.dtype]
+    if isinstance(module, PackedFeedForward):
+        return [module.gate_up.panels.dtype, module.down.panels.dtype]
+    if isinstance(module, PackedExperts):
+        return [module.gate_up.panels.dtype, module.down.panels.dtype] * module.down.panels.shape[0]
+    return []
+
+
 class _Packer:
-    def __init__(self, dtype: torch.dtype, *, int8: bool) -> None:
-        self.dtype, self.int8 = dtype, int8
+    def __init__(self, dtype: torch.dtype, rounding: Rounding | None) -> None:
+        self.dtype, self.rounding = dtype, rounding
 
     def clone(self, module: nn.Module) -> nn.Module:
         """A copy of the tree that shares every tensor which is not packed."""
@@ -163,7 +197,7 @@ class _Packer:
             bias = None if module.bias is None else module.bias.detach().to(self.dtype)
             return None if weight is None else PackedLinear(weight, bias)
         if isinstance(module, Router):
-            weight = ops.pack(module.weight.detach().float())
+            weight = pack(module.weight.detach().float())
             return None if weight is None else PackedRouter(module, weight)
         pair = self._gate_up_and_down(module)
         if pair is None:
@@ -171,7 +205,7 @@ class _Packer:
         gate_up, down = pair
         return PackedExperts(gate_up, down) if isinstance(module, Experts) else PackedFeedForward(gate_up, down)
 
-    def _gate_up_and_down(self, module: nn.Module) -> tuple[ops.Packed, ops.Packed] | None:
+    def _gate_up_and_down(self, module: nn.Module) -> tuple[Packed, Packed] | None:
         if isinstance(module, Experts):
             gate, up = module.gate_up_proj.detach().chunk(2, dim=1)
             down = module.down_proj
@@ -179,15 +213,18 @@ class _Packer:
             gate, up, down = module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
         else:
             return None
-        gate_up, down = self._pack(ops.interleave(gate.detach(), up.detach())), self._pack(down)
-        # One kernel multiplies by both, so both are packed alike or neither is.
-        if gate_up is None or down is None or gate_up.panels.dtype is not down.panels.dtype:
-            return None
-        return gate_up, down
+        pair = self._pack(gate, up, interleaved=True), self._pack(down)
+        # One kernel multiplies by both, so both are packed alike.
+        if len({packed.panels.dtype for packed in pair if packed is not None}) > 1:
+            if isinstance(module, FeedForward):
+                return None  # map by map, each as well as it can be
+            pair = self._as_loaded(gate, up, interleaved=True), self._as_loaded(down)
+        gate_up, down_packed = pair
+        return None if gate_up is None or down_packed is None else (gate_up, down_packed)
 
     def _with_one_projection(self, clone: GQA, original: GQA) -> GQA:
         parts = (original.q_proj, original.k_proj, original.v_proj)
-        weight = self._pack(torch.cat([part.weight.detach() for part in parts]))
+        weight = self._pack(*(part.weight for part in parts))
         has_bias = original.q_proj.bias is not None
         bias = torch.cat([part.bias.detach() for part in parts]).to(self.dtype) if has_bias else None
         if weight is None:
@@ -198,9 +235,14 @@ class _Packer:
 
     def _with_absorbed(self, clone: MLA, original: MLA) -> MLA:
         up_key, up_value = (matrix.detach().to(self.dtype) for matrix in original.up_projections())
-        key, value = ops.pack(up_key.mT.contiguous()), ops.pack(up_value.contiguous())
+        key, value = pack(up_key.mT.contiguous()), pack(up_value.contiguous())
         return clone if key is None or value is None else PackedMLA(clone, key, value)
 
-    def _pack(self, weight: Tensor) -> ops.Packed | None:
-        weight = weight.detach().to(self.dtype)
-        return (ops.pack(weight, int8=True) if self.int8 else None) or ops.pack(weight)
+    def _pack(self, *parts: Tensor, interleaved: bool = False) -> Packed | None:
+        """Rounded where it can be, else as loaded, else None."""
+        converted = [part.detach().to(self.dtype) for part in parts]
+        rounded = pack(*converted, rounding=self.rounding, interleaved=interleaved) if self.rounding else None
+        return rounded or self._as_loaded(*parts, interleaved=interleaved)
+
+    def _as_loaded(self, *parts: Tensor, interleaved: bool = False) -> Packed | None:
+        return pack(*(part.detach().to(self.dtype) for part in parts), interleaved=interleaved)

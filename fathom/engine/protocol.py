@@ -7,7 +7,7 @@ machine.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from fathom.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Part = Literal["thinking", "answer"]
+Fault = Literal["request", "engine"]
+_SEEDS = 2**63
 
 
 class Sampling(Section):
@@ -37,8 +39,12 @@ class Sampling(Section):
     """Divides positive and multiplies negative logits of tokens that prompt or output hold (arXiv 1909.05858)."""
     logit_bias: dict[int, float] = Field(default_factory=dict)
     """Added to the logits of these token ids."""
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    seed: int | None = Field(default=None, ge=0, lt=_SEEDS)
     """Same seed, same text, whatever else is in the batch; None draws a fresh one."""
+
+    def of_sample(self, place: int) -> Self:
+        """The same for one of several samples: a seed grows by its place, so that they are not all alike."""
+        return self if self.seed is None or not place else self.replace(seed=(self.seed + place) % _SEEDS)
 
 
 class Thinking(Section):
@@ -121,6 +127,8 @@ class Chunk:
     """Set on the last chunk of a request, and on no other."""
     message: str = ""
     """What went wrong, with finish_reason `error`."""
+    fault: Fault = "engine"
+    """Whose it is: `request` for a grammar that cannot be followed to the end."""
 
 
 class QueueFull(UserError):

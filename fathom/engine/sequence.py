@@ -8,7 +8,7 @@ from torch import Tensor
 from fathom.engine.blocks import BlockPool, block_keys
 from fathom.engine.constraint import Matcher
 from fathom.engine.output import OutputStream
-from fathom.engine.protocol import Chunk, FinishReason, Request, TokenLogprob
+from fathom.engine.protocol import Chunk, Fault, FinishReason, Request, TokenLogprob
 from fathom.engine.sampling import SamplerState
 from fathom.kernels.ops import PAGE
 
@@ -101,10 +101,10 @@ class Sequence:
         self.tokens.append(token)
         self._outbox += self.output.push(token, logprob)
 
-    def end(self, reason: FinishReason, message: str = "") -> None:
+    def end(self, reason: FinishReason, message: str = "", fault: Fault = "engine") -> None:
         """End it before its time."""
         if not self.finished:
-            self._outbox += self.output.end(reason, message)
+            self._outbox += self.output.end(reason, message, fault)
 
     def deliver(self) -> None:
         """Hand out the chunks that are ready."""

@@ -138,7 +138,7 @@ class Stepper:
                 masks.append(sequence.mask())
                 able.append(row)
             except UserError as error:  # its grammar gave up
-                sequence.end("error", str(error))
+                sequence.end("error", str(error), "request")
         if len(able) < len(sequences):
             logits = logits[torch.tensor(able, dtype=torch.int64)]
         chosen = [sequences[row] for row in able]
@@ -153,7 +153,7 @@ class Stepper:
             try:
                 sequence.push(token, logprob)
             except UserError as error:
-                sequence.end("error", str(error))
+                sequence.end("error", str(error), "request")
         return tokens
 
     def _choose(

@@ -9,6 +9,7 @@
 //
 //     bfloat16   [N / PANEL][K / 2][PANEL][2]        float32   [N / PANEL][K][PANEL]
 //     int8       [N / PANEL][K / 4][PANEL][4], one bfloat16 scale per output and 64 inputs: [N / PANEL][K / 64][PANEL]
+//     float8     [N / PANEL][K / 2][4][2][4][2], one float32 scale per panel and 128 inputs: [N / PANEL][K / 128]
 //
 // (N is filled up with zeros.) A lane of a register is an output, an activation is broadcast to all lanes, and up to
 // ROWS rows share what was loaded. So one row reads memory in a straight line, and many rows run near the multipliers'
@@ -21,6 +22,11 @@
 // value + 128 because the processor multiplies unsigned by signed bytes; 128 times the sum of a block's activations is
 // what every chain starts below zero with.
 //
+// float8 weights (e4m3, in DeepSeek's blocks of 128 x 128) meet bfloat16 activations: a code becomes the bfloat16 that
+// equals it, by table, on its way into the registers, and the sum over a block is multiplied by the block's scale. Half
+// the bytes are read, and only the weights were rounded. Outputs of a pair of inputs lie crosswise, eight bytes from each
+// half of a panel in turn, because that is how bytes are unpacked. Many rows read a panel widened once for all of them.
+//
 // Attention reads pages of PAGE tokens, so that requests can share them.
 
 #include "causal.h"
@@ -32,41 +38,37 @@ extern "C" {
 // of a program's loops stop waiting actively, and every one of a decoding step's hundreds begins with a system call.
 void fathom_release_threads() { omp_pause_resource_all(omp_pause_soft); }
 
-#define FATHOM_PRODUCTS(NAME, T, W, SCALES, WEIGHTS)                                                                      \
-    void fathom_linear_##NAME(const T* x, long ldx, const W* w, const bf16* scales, const T* bias, T* y, long M, long N,  \
-                              long K) {                                                                                   \
-        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, bias, y, M, N);                                 \
-    }                                                                                                                     \
-    void fathom_linear_wide_##NAME(const T* x, long ldx, const W* w, const bf16* scales, const T* bias, float* y, long M, \
-                                   long N, long K) {                                                                      \
-        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, bias, y, M, N);                                 \
-    }                                                                                                                     \
-    void fathom_swiglu_##NAME(const T* x, long ldx, const W* w, const bf16* scales, T* y, long M, long I, long K) {       \
-        swiglu(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS{w SCALES(scales), K}, y, M, I);                                       \
-    }                                                                                                                     \
-    void fathom_experts_##NAME(const T* x, const int32_t* order, const int32_t* ends, const float* weights,               \
-                               const W* gate_up, const bf16* gate_up_scales, const W* down, const bf16* down_scales,      \
-                               T* hidden, float* parts, T* y, long tokens, long slots, long count, long D, long I) {      \
-        experts(x, order, ends, weights, WEIGHTS{gate_up SCALES(gate_up_scales), D}, WEIGHTS{down SCALES(down_scales), I}, \
-                hidden, parts, y, tokens, slots, count, D, I);                                                            \
+#define FATHOM_PRODUCTS(NAME, T, WEIGHTS)                                                                                \
+    void fathom_linear_##NAME(const T* x, long ldx, const void* w, const void* scales, const T* bias, T* y, long M,      \
+                              long N, long K) {                                                                          \
+        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS::of(w, scales, K), bias, y, M, N);                                   \
+    }                                                                                                                    \
+    void fathom_linear_wide_##NAME(const T* x, long ldx, const void* w, const void* scales, const T* bias, float* y,     \
+                                   long M, long N, long K) {                                                             \
+        linear(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS::of(w, scales, K), bias, y, M, N);                                   \
+    }                                                                                                                    \
+    void fathom_swiglu_##NAME(const T* x, long ldx, const void* w, const void* scales, T* y, long M, long I, long K) {   \
+        swiglu(WEIGHTS::Rows(x, ldx, M, K), WEIGHTS::of(w, scales, K), y, M, I);                                         \
+    }                                                                                                                    \
+    void fathom_experts_##NAME(const T* x, const int32_t* order, const int32_t* ends, const float* weights,              \
+                               const void* gate_up, const void* gate_up_scales, const void* down,                        \
+                               const void* down_scales, T* hidden, float* parts, T* y, long tokens, long slots,          \
+                               long count, long D, long I) {                                                             \
+        experts(x, order, ends, weights, WEIGHTS::of(gate_up, gate_up_scales, D), WEIGHTS::of(down, down_scales, I),     \
+                hidden, parts, y, tokens, slots, count, D, I);                                                           \
+    }                                                                                                                    \
+    void fathom_dense_layers_##NAME(T* x, const DenseLayer<T>* layers, const float* cos, const float* sin,               \
+                                    const int64_t* places, const int32_t* tables, const int32_t* visible, long tokens,   \
+                                    long count, long hidden, long heads, long groups, long head, long inner,             \
+                                    long table_width, float scale, float eps) {                                          \
+        DenseShape shape{tokens, count, hidden, heads, groups, head, inner, table_width};                                \
+        dense_layers<WEIGHTS>(x, layers, shape, cos, sin, places, tables, visible, scale, eps);                          \
     }
 
-#define FATHOM_DENSE(NAME, T, WEIGHTS, MAKE)                                                                              \
-    void fathom_dense_layers_##NAME(T* x, const DenseLayer<T>* layers, const float* cos, const float* sin,                \
-                                    const int64_t* places, const int32_t* tables, const int32_t* visible, long tokens,    \
-                                    long count, long hidden, long heads, long groups, long head, long inner,              \
-                                    long table_width, float scale, float eps) {                                           \
-        DenseShape shape{tokens, count, hidden, heads, groups, head, inner, table_width};                                 \
-        auto make = [](const void* w, const void* scales, long K) { (void)scales; return MAKE; };                         \
-        dense_layers<WEIGHTS>(x, layers, shape, cos, sin, places, tables, visible, scale, eps, make);                     \
-    }
-
-#define FATHOM_NO_SCALES(scales)
-#define FATHOM_SCALES(scales) , scales
-
-FATHOM_PRODUCTS(bf16, bf16, bf16, FATHOM_NO_SCALES, Bf16Weights)
-FATHOM_PRODUCTS(f32, float, float, FATHOM_NO_SCALES, FloatWeights)
-FATHOM_PRODUCTS(int8, bf16, uint8_t, FATHOM_SCALES, Int8Weights)
+FATHOM_PRODUCTS(bf16, bf16, Bf16Weights)
+FATHOM_PRODUCTS(f32, float, FloatWeights)
+FATHOM_PRODUCTS(int8, bf16, Int8Weights)
+FATHOM_PRODUCTS(fp8, bf16, Fp8Weights)
 
 void fathom_heads_linear_bf16(const bf16* x, long head_stride, const bf16* w, bf16* y, long tokens, long heads, long N,
                               long K) {
@@ -76,10 +78,6 @@ void fathom_heads_linear_f32(const float* x, long head_stride, const float* w, f
                              long K) {
     heads_linear(x, head_stride * heads, FloatWeights{w, K}, y, tokens, heads, N, K);
 }
-
-FATHOM_DENSE(bf16, bf16, Bf16Weights, (Bf16Weights{(const bf16*)w, K}))
-FATHOM_DENSE(f32, float, FloatWeights, (FloatWeights{(const float*)w, K}))
-FATHOM_DENSE(int8, bf16, Int8Weights, (Int8Weights{(const uint8_t*)w, (const bf16*)scales, K}))
 
 #define FATHOM_FOR_TYPE(T, NAME)                                                                                          \
     void fathom_paged_attention_##NAME(const T* q, const T* keys, const T* values, T* out, const int32_t* tables,         \

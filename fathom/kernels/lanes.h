@@ -23,6 +23,7 @@ constexpr long LANES = 16;
 constexpr long PANEL = 32;  // outputs that are computed together
 constexpr int ROWS = 8;     // rows of activations that share a panel on its way through the registers
 constexpr long BLOCK = 64;  // int8 weights per scale
+constexpr long FP8_BLOCK = 128;  // inputs that share a float8 weight's scale
 constexpr long PAGE = 64;   // tokens per page of the cache
 
 inline f32v splat(float x) { return f32v{} + x; }

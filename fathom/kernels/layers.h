@@ -104,16 +104,16 @@ struct DenseShape {
     long tokens, layers, hidden, heads, groups, head, inner, table_width;
 };
 
-// All layers of a Llama or Qwen decoder over single tokens x [T, hidden], in place: what the modules compute, by the
-// same functions in the same order, without going back to Python four hundred times.
-template <typename Weights, typename T, typename Make>
-void dense_layers(T* x, const DenseLayer<T>* layers, DenseShape s, const float* cos, const float* sin,
-                  const int64_t* places, const int32_t* tables, const int32_t* visible, float scale, float eps, Make make) {
+// All layers over the tokens that fall to this thread, or to all threads together.
+template <typename Weights, typename T>
+void dense_slice(T* x, const DenseLayer<T>* layers, DenseShape s, const float* cos, const float* sin,
+                  const int64_t* places, const int32_t* tables, const int32_t* visible, float scale, float eps) {
     long row = (s.heads + 2 * s.groups) * s.head, query = s.heads * s.head;
     std::vector<T> normed(s.tokens * s.hidden), qkv(s.tokens * row), q(s.tokens * query), attended(s.tokens * query),
         k(s.tokens * s.groups * s.head), inner(s.tokens * s.inner), added(s.tokens * s.hidden);
     auto product = [&](const T* from, long width, const void* w, const void* scales, const T* bias, T* to, long outputs) {
-        linear(typename Weights::Rows(from, width, s.tokens, width), make(w, scales, width), bias, to, s.tokens, outputs);
+        typename Weights::Rows rows(from, width, s.tokens, width);
+        linear(rows, Weights::of(w, scales, width), bias, to, s.tokens, outputs);
     };
     for (long n = 0; n < s.layers; n++) {
         const DenseLayer<T>& layer = layers[n];
@@ -130,15 +130,39 @@ void dense_layers(T* x, const DenseLayer<T>* layers, DenseShape s, const float* 
         write_pages(k.data(), s.groups * s.head, layer.keys, places, s.tokens, s.groups, s.head);
         write_pages(qkv.data() + query + s.groups * s.head, row, layer.values, places, s.tokens, s.groups, s.head);
         long page = s.groups * PAGE * s.head;
+        // A token may see keys of another slice.
+#pragma omp barrier
         paged_attention(q.data(), layer.keys, layer.values, attended.data(), tables, visible, s.tokens, s.heads, s.groups,
                         s.head, s.head, page, page, s.head, s.head, s.table_width, scale);
         product(attended.data(), query, layer.o, layer.o_scales, layer.o_bias, added.data(), s.hidden);
         add(x, added.data(), s.tokens * s.hidden);
         rms_norm(x, s.hidden, layer.feed_forward_norm, normed.data(), s.tokens, s.hidden, eps);
         swiglu(typename Weights::Rows(normed.data(), s.hidden, s.tokens, s.hidden),
-               make(layer.gate_up, layer.gate_up_scales, s.hidden), inner.data(), s.tokens, s.inner);
+               Weights::of(layer.gate_up, layer.gate_up_scales, s.hidden), inner.data(), s.tokens, s.inner);
         product(inner.data(), s.inner, layer.down, layer.down_scales, (const T*)nullptr, added.data(), s.hidden);
         add(x, added.data(), s.tokens * s.hidden);
+    }
+}
+
+// All layers of a Llama or Qwen decoder over single tokens x [T, hidden], in place: what the modules compute, by the
+// same functions in the same order, without going back to Python four hundred times.
+//
+// With many tokens each thread takes its share of them through all layers instead of its share of every product's outputs:
+// what one core has just written another one would fetch line by line, five times a layer.
+template <typename Weights, typename T>
+void dense_layers(T* x, const DenseLayer<T>* layers, DenseShape s, const float* cos, const float* sin,
+                  const int64_t* places, const int32_t* tables, const int32_t* visible, float scale, float eps) {
+    // Not `parallel if`: within a region of one thread libgomp starts new threads for every loop.
+    if (s.tokens < 2 * ROWS * omp_get_max_threads())
+        return dense_slice<Weights>(x, layers, s, cos, sin, places, tables, visible, scale, eps);
+#pragma omp parallel
+    {
+        long begin, end;
+        my_share(s.tokens, ROWS, begin, end);
+        DenseShape slice = s;
+        slice.tokens = end - begin;
+        dense_slice<Weights>(x + begin * s.hidden, layers, slice, cos + begin * s.head / 2, sin + begin * s.head / 2,
+                             places + begin, tables + begin * s.table_width, visible + begin, scale, eps);
     }
 }
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+_LOG = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
 
@@ -54,6 +56,7 @@ def _opened(compiler: str) -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))
     folder.mkdir(parents=True, exist_ok=True)
+    _LOG.info("compiling kernels for this processor, once, a few seconds")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / target.name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]

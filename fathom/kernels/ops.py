@@ -1,7 +1,6 @@
 """The kernels of running a model, as functions of tensors on a CPU. Results are new tensors; nothing is differentiable.
 
-Weights come packed in panels (`kernels.cpp` has the layout and the reasons). Where a weight cannot be packed `pack`
-says so, and its layer stays as it is.
+Weights come packed in panels (`fathom.kernels.panels`).
 """
 
 import ctypes
@@ -13,13 +12,10 @@ import torch
 from torch import Tensor
 
 from fathom.kernels.library import library
+from fathom.kernels.panels import Packed
 
-PANEL = 32
-"""Outputs that are computed together."""
 PAGE = 64
 """Tokens in a page of the cache."""
-INT8_BLOCK = 64
-"""Inputs that share an int8 weight's scale."""
 
 _ARGUMENTS = {
     "linear": [c_void_p, c_long, *[c_void_p] * 4, *[c_long] * 3],
@@ -38,7 +34,7 @@ _ARGUMENTS = {
     "causal_forward": [*[c_void_p] * 6, c_float],
     "causal_backward": [*[c_void_p] * 10, c_float],
 }
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "int8"}
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @functools.cache
@@ -65,69 +61,6 @@ def usable(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" and library() is not None
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A matrix [N, K], or several of one shape, in panels."""
-
-    panels: Tensor
-    """[…, N / PANEL, K / 2, PANEL, 2] bfloat16, [… K, PANEL] float32 or [… K / 4, PANEL, 4] uint8."""
-    scales: Tensor | None
-    """[…, N / PANEL, K / 64, PANEL] bfloat16 for uint8, else None."""
-    outputs: int
-    inputs: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-        return torch.bfloat16 if self.scales is not None else self.panels.dtype
-
-    def pointers(self) -> tuple[int, int | None]:
-        """Addresses of panels and scales."""
-        return self.panels.data_ptr(), None if self.scales is None else self.scales.data_ptr()
-
-
-def pack(weight: Tensor, *, int8: bool = False) -> Packed | None:
-    """weight […, N, K], bfloat16 or float32 on a CPU, in panels; None where the kernels cannot take it.
-
-    With `int8` the weight must be bfloat16 and K a multiple of 64: blocks of 64 inputs are rounded to 255 steps, the
-    largest of a block being ±127 of its scale (which is rounded to bfloat16 first).
-    """
-    group = 4 if int8 else 2 if weight.dtype is torch.bfloat16 else 1
-    known = weight.dtype is torch.bfloat16 or (weight.dtype is torch.float32 and not int8)
-    inputs = weight.shape[-1]
-    if not known or weight.device.type != "cpu" or inputs % (INT8_BLOCK if int8 else group) or library() is None:
-        return None
-    outputs = weight.shape[-2]
-    values, scales = quantise_int8(weight) if int8 else (weight.detach(), None)
-    panels = _in_panels(values, fill=128 if int8 else 0).unflatten(-1, (-1, group)).transpose(-3, -2).contiguous()
-    if scales is not None:
-        scales = _in_panels(scales, fill=0).transpose(-2, -1).contiguous()
-    return Packed(panels.squeeze(-1) if group == 1 else panels, scales, outputs, inputs)
-
-
-def _in_panels(matrix: Tensor, fill: int) -> Tensor:
-    """[…, N, K] -> […, panels, PANEL, K], filled up."""
-    missing = -matrix.shape[-2] % PANEL
-    if missing:
-        matrix = torch.cat((matrix, matrix.new_full((*matrix.shape[:-2], missing, matrix.shape[-1]), fill)), dim=-2)
-    return matrix.unflatten(-2, (-1, PANEL))
-
-
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight […, N, K] -> (values + 128 […, N, K] uint8, scales […, N, K / 64] bfloat16)."""
-    blocks = weight.detach().float().unflatten(-1, (-1, INT8_BLOCK))
-    scales = (blocks.abs().amax(dim=-1) / 127).to(torch.bfloat16)
-    steps = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(-1)
-    values = (blocks / steps).round().clamp(-127, 127) + 128
-    return values.to(torch.uint8).flatten(-2), scales
-
-
-def dequantise_int8(values: Tensor, scales: Tensor) -> Tensor:
-    """What `quantise_int8` kept, float32 […, N, K]."""
-    blocks = (values.float() - 128).unflatten(-1, (-1, INT8_BLOCK))
-    return (blocks * scales.float().unsqueeze(-1)).flatten(-2)
-
-
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` [..., width] as rows one stride apart: (itself or a copy, the stride)."""
     if x.stride(-1) != 1 or not (x.is_contiguous() or x.dim() == 2):
@@ -148,7 +81,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None, *, wide: bool 
 
 
 def swiglu(x: Tensor, gate_up: Packed, inner: int) -> Tensor:
-    """x [..., K] -> [..., I] = silu(gate x) · up x, for weights that `interleave` made of matrices [I, K]."""
+    """x [..., K] -> [..., I] = silu(gate x) · up x, for interleaved gate and up [I, K]."""
     x, stride = _rows(x)
     y = torch.empty(*x.shape[:-1], inner, dtype=x.dtype)
     kernel("swiglu", gate_up.panels.dtype)(
@@ -157,14 +90,8 @@ def swiglu(x: Tensor, gate_up: Packed, inner: int) -> Tensor:
     return y
 
 
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up […, I, K] -> […, 2 I, K]: PANEL rows of one, PANEL of the other, each filled up with zeros."""
-    both = torch.stack((_in_panels(gate, fill=0), _in_panels(up, fill=0)), dim=-3)
-    return both.flatten(-4, -2)
-
-
 def experts(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Packed, down: Packed) -> Tensor:
-    """Weighted sum of the chosen experts as in `fathom.model.experts.routed_experts`; `interleave` made gate_up."""
+    """Weighted sum of the chosen experts as in `fathom.model.experts.routed_experts`; gate_up is interleaved."""
     (tokens, width), slots, count = x.shape, expert_ids.shape[1], down.panels.shape[0]
     sorted_ids, order = expert_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(count), right=True).to(torch.int32)
@@ -276,7 +203,7 @@ def dense_layers(
     Args:
         x: [T, hidden].
         layers: int64 [L, 16], the addresses that `DenseLayer` in `layers.h` lists.
-        weights: dtype of the panels, uint8 for int8 ones.
+        weights: dtype of the panels.
         shape: what the layers share.
         rope: cos and sin [T, head / 2] float32.
         places, tables, visible: as in `write_pages` and `paged_attention`.

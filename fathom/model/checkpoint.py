@@ -38,11 +38,11 @@ _SCALES = {"F32", "BF16", "F8_E8M0"}
 
 
 def load(
-    path: str | Path, dtype: str = "bfloat16", device: str | torch.device = "cpu"
+    path: str | Path, dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu"
 ) -> tuple[Transformer, Tokenizer | None]:
     """A model and its tokenizer (None where there is none) from a folder, a `.gguf` file or a hub name.
 
-    `dtype` is what the weights are held in: `bfloat16` or `float32`. Raises `UserError`.
+    `dtype` is what the weights are held in: `bfloat16` or `float32`, by name or torch's own. Raises `UserError`.
     """
     source = resolve(path)
     if source.suffix == ".gguf":
@@ -53,7 +53,9 @@ def load(
     return load_model(source, dtype=dtype, device=device), tokenizer
 
 
-def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str | torch.device = "cpu") -> Transformer:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu"
+) -> Transformer:
     """The model alone; arguments and errors as in `load`."""
     source = resolve(path)
     if source.suffix == ".gguf":
@@ -203,19 +205,20 @@ def resolve(path: str | Path) -> Path:
     if local.is_file():
         raise UserError(f"{local}: expected a model folder or a .gguf file")
     if local.parent.is_dir() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
-        siblings = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
-        raise UserError(f"{path}: no such model folder{nearest(local.name, siblings)}")
+        siblings = {p.name: str(p) for p in local.parent.iterdir()} if local.parent.is_dir() else {}
+        raise UserError(f"{path}: no such model folder{nearest(local.name, siblings, shown=siblings)}")
     return _fetch(str(path))
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """`float32` or `bfloat16` as a `torch.dtype`; anything else raises `UserError`."""
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`float32` or `bfloat16`, a name or a `torch.dtype`, as the latter; anything else raises `UserError`."""
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not supported{nearest(name, DTYPES)}; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _load_gguf(file: Path, dtype: str, device: str | torch.device) -> tuple[Transformer, Tokenizer]:
+def _load_gguf(file: Path, dtype: str | torch.dtype, device: str | torch.device) -> tuple[Transformer, Tokenizer]:
     # Imported here: only this path needs the gguf package, and it needs `assemble` from this module.
     from fathom.model.gguf import read_gguf
 

@@ -42,7 +42,7 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, *, dtype: torch.dtype = tor
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` [out, in] as (float8_e4m3fn of the same shape, float32 scales): inverse of `dequantize_blocks`.
 
-    The definition of what an FP8 folder holds. Saving writes float32 and bfloat16 so far, so only tests call it yet.
+    The definition of what an FP8 folder holds, and of the engine's fp8 weights; saving writes float32 and bfloat16.
     The largest magnitude of a block becomes 448, the largest e4m3 number; a block of zeros has scale 1.
     """
     rows, columns = weight.shape

@@ -9,39 +9,26 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.protocol import Engine
 from fathom.serve import documents, handlers
+from fathom.serve.envelope import Envelope
 from fathom.serve.errors import ApiError
 from fathom.serve.schema import ChatForm, CompletionForm
 from fathom.serve.service import Service
 from fathom.serve.settings import ServiceSettings
 
 _PAGE = Path(__file__).parent / "page"
-# Model output is shown on the page: whatever slipped through its sanitiser finds nothing that it may do.
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-    "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_HEADERS = [
-    (b"content-security-policy", _POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
-]
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: ServiceSettings) -> FastAPI:
     """The service over `engine` as an ASGI application; `app.state.service` is its `Service`.
 
     The engine is closed when the application is. Paths: `/v1/…`, the same without `/v1` and under `/beta` (DeepSeek's),
-    `/health`, `/metrics`, `/openapi.json`, and the chat page at `/`.
+    `/health`, `/ping`, `/version`, `/metrics`, `/openapi.json`, and the chat page at `/`.
     """
     service = Service(engine, tokenizer, settings)
 
@@ -57,9 +44,25 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: ServiceSettings) 
     documents.install(app, version=version("fathom-lm"), with_keys=bool(settings.api_keys))
     _add_api(app, service)
     _add_operations(app, service)
-    app.add_middleware(_Envelope, service=service)
     _add_page(app)
+    _add_middleware(app, service)
     return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """From the inside out: each sees what those before it made."""
+    app.add_middleware(handlers.Mistakes)
+    if origins := service.settings.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # clients send a dozen of their own, and none has a meaning here that could harm
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    if hosts := service.settings.hosts:
+        app.add_middleware(handlers.Hosts, hosts=hosts)
+    app.add_middleware(Envelope, settings=service.settings, metrics=service.metrics)
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
@@ -70,11 +73,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return await service.complete(request)
 
     async def models(request: Request) -> dict[str, Any]:
-        service.gate.identify(request.headers.get("authorization"))
+        service.identify(request)
         return service.models()
 
     async def model(request: Request, name: str) -> dict[str, Any]:
-        service.gate.identify(request.headers.get("authorization"))
+        service.identify(request)
         found = next((entry for entry in service.models()["data"] if entry["id"] == name), None)
         if found is None:
             raise ApiError(404, f"there is no model '{name[:100]}' here", code="model_not_found", param="model")
@@ -101,9 +104,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    app.add_api_route(
-        "/health", health, methods=["GET"], **documents.get(documents.Health, "Whether requests are taken")
-    )
+    async def which() -> dict[str, str]:
+        return {"version": version("fathom-lm")}
+
+    taken = documents.get(documents.Health, "Whether requests are taken")
+    app.add_api_route("/health", health, methods=["GET"], **taken)
+    app.add_api_route("/ping", health, methods=["GET"], include_in_schema=False, **taken)
+    app.add_api_route("/version", which, methods=["GET"], **documents.get(documents.Version, "Which Fathom this is"))
     app.add_api_route("/metrics", metrics, methods=["GET"], summary="Figures for Prometheus", response_class=Response)
 
 
@@ -122,34 +129,3 @@ def _add_page(app: FastAPI) -> None:
         else:
             path = "/" if entry.name == "index.html" else f"/{entry.name}"
             app.add_api_route(path, show(entry), methods=["GET", "HEAD"], include_in_schema=False)
-
-
-class _Envelope:
-    """Around every answer: security headers, and a count by code."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        code = 500
-
-        async def send_on(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = message["status"]
-                headers = [*message.get("headers", []), *_HEADERS]
-                if all(name.lower() != b"cache-control" for name, _ in headers):
-                    headers.append((b"cache-control", b"no-cache"))
-                message = {**message, "headers": headers}
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_on)
-        finally:
-            path = getattr(scope.get("route"), "path", "other")
-            method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
-            self._service.metrics.answered(method, path, code)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections import Counter
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -46,8 +47,7 @@ async def read_body(request: Request, form: type[Form], settings: ServiceSetting
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text. Raises `ApiError` (400) where readers of JSON would not agree, or could be harmed."""
     try:
-        value = json.loads(data.decode("utf-8"))
-        _check(value)
+        return strict_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         message = f"the body is not valid UTF-8 (byte {error.start})"
         raise ApiError(400, message, code="invalid_utf8") from None
@@ -58,6 +58,12 @@ def parse_json(data: bytes) -> Any:
         raise ApiError(400, "the body's JSON is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # ours, and Python's for numbers of thousands of digits
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text that means the same to everyone. Raises `ValueError` and `RecursionError`."""
+    value = json.loads(text, object_pairs_hook=_members)
+    _check(value)
     return value
 
 
@@ -68,11 +74,12 @@ def _parse(data: bytes, form: type[Form]) -> Form:
     try:
         return form.model_validate(value)
     except ValidationError as error:
-        raise explain(form, error) from None
+        raise explain(form, error, value) from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    message = f"the body is larger than {limit} bytes"
+    too_large = ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise too_large
@@ -82,6 +89,14 @@ async def _read(request: Request, limit: int) -> bytes:
         if len(data) > limit:
             raise too_large
     return bytes(data)
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"an object has the member {max(names, key=lambda name: names[name])[:60]!a} twice")
+    return members
 
 
 def _check(value: Any) -> None:

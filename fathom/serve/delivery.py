@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fathom.serve.envelope import TOKENS
 from fathom.serve.errors import ApiError
 from fathom.serve.job import Job
 from fathom.serve.metrics import Metrics
@@ -50,6 +51,8 @@ class Delivery(Response):
         finally:
             self._job.close()
             self._on_end()
+            usage = self._reply.usage_event()["usage"]
+            scope[TOKENS] = (usage["prompt_tokens"], usage["completion_tokens"])
             finished = answer.done()
             answer.cancel()
             gone.cancel()
@@ -69,7 +72,8 @@ class Delivery(Response):
                     await send(_start(200, "application/json"))
                     started = True
                 await send(_part(b"\n"))
-            status, body = 200, self._reply.result()
+            # A vote reads every answer, which can be long, and other clients should not wait for it.
+            status, body = 200, await asyncio.to_thread(self._reply.result)
         except Exception as error:
             status, body = _failure(error)
         data = _dump(body).encode()

@@ -13,6 +13,7 @@ from fathom.serve.schema import ChatForm, CompletionForm
 _FAILURES = {
     400: "The body cannot be read, or the prompt does not fit.",
     401: "No valid API key.",
+    403: "The request is for a host that is not this service.",
     404: "No such model.",
     413: "The body is too large.",
     422: "A parameter is unknown or cannot be served.",
@@ -21,7 +22,7 @@ _FAILURES = {
     503: "The server is overloaded or shutting down.",
 }
 _SUMMARY = "A language model in the form of OpenAI's API, with DeepSeek's additions."
-_OF_GET = (401, 500)
+_OF_GET = (401, 403, 500)
 
 
 class Model(BaseModel):
@@ -57,6 +58,12 @@ class Health(BaseModel):
 
     status: str
     """`ok` or `draining`."""
+
+
+class Version(BaseModel):
+    """The program that answers."""
+
+    version: str
 
 
 def post(form: type[BaseModel], summary: str) -> dict[str, Any]:

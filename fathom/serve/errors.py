@@ -1,19 +1,49 @@
 """Failures as the error object that OpenAI's clients read, under DeepSeek's status codes.
 
-400 a body that cannot be read or a prompt that does not fit · 401 no valid key · 404 no such model or path ·
-405 wrong method · 413 body too large · 422 a parameter that cannot be served · 429 a key's own limit ·
-500 our mistake · 503 overloaded or shutting down. 402 (balance) is never used: nothing here costs money.
+400 a body that cannot be read or a prompt that does not fit · 401 no valid key · 403 a foreign host ·
+404 no such model or path · 405 wrong method · 413 body too large · 422 a parameter that cannot be served ·
+429 a key's own limit · 500 our mistake · 503 overloaded or shutting down. 402 (balance) is never used: nothing here
+costs money.
 """
 
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fathom.errors import UserError, nearest
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "overloaded_error"}
+_FOREIGN = {
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "thinking.budget_tokens": "thinking_budget",
+    "reasoning": "reasoning_effort",
+    "repeat_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "stop_sequences": "stop",
+}
+"""What other programs call a parameter of ours."""
+ALIKE = 0.75
+"""How alike a word and a known one must be for a guess: what other programs understand is no misspelling of ours."""
+_PLAIN = {
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "none_required": "must be null",
+    "too_short": "must not be empty",
+}
+"""pydantic's kinds of error whose messages speak of Python."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
@@ -62,21 +92,42 @@ def refused(error: UserError, param: str | None = None) -> ApiError:
     return ApiError(422, str(error), code="invalid_parameter", param=param)
 
 
-def explain(cls: type[BaseModel], error: ValidationError) -> ApiError:
-    """The first thing wrong with a body of form `cls`; an unknown parameter names the nearest known one."""
-    first = error.errors()[0]
-    path = ".".join(str(part)[:100] for part in first["loc"])
+def explain(cls: type[BaseModel], error: ValidationError, value: Any) -> ApiError:
+    """The first thing wrong with `value`, a body of form `cls`; an unknown parameter names the one that was meant."""
+    errors = error.errors(include_url=False, include_context=False)
+    # Of a value that may have several forms, each form complains: the one that understood most is the one meant.
+    same = [found for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda found: len(_place(value, found)))
+    path = _place(value, first)
+    shown = ".".join(str(part)[:100] for part in path)
     if first["type"] == "extra_forbidden":
-        known = _field_names(cls) if len(first["loc"]) > 1 else set(_names(cls))
-        message = f"unknown parameter '{path}'{nearest(str(first['loc'][-1])[:100], sorted(known))}"
-        return ApiError(422, message, code="unknown_parameter", param=path)
+        known = sorted(_field_names(cls) if len(path) > 1 else _names(cls))
+        word = str(path[-1])[:100]
+        guess = f" (did you mean '{_FOREIGN[shown]}'?)" if shown in _FOREIGN else nearest(word, known, cutoff=ALIKE)
+        return ApiError(422, f"unknown parameter '{shown}'{guess}", code="unknown_parameter", param=shown)
     if first["type"] == "missing":
-        return ApiError(422, f"'{path}' is missing", code="missing_parameter", param=path)
-    reason = first["msg"].removeprefix("Value error, ")
+        return ApiError(422, f"'{shown}' is missing", code="missing_parameter", param=shown)
+    reasons = dict.fromkeys(_reason(found) for found in same if _place(value, found) == path)
+    reason = " or ".join([next(iter(reasons)), *(other.removeprefix("must be ") for other in list(reasons)[1:])])
     if not path:
         return ApiError(422, reason, code="invalid_parameter")
-    value = "" if isinstance(first["input"], dict | list) else f" = {_SHORT.repr(first['input'])}"
-    return ApiError(422, f"'{path}'{value}: {reason}", code="invalid_parameter", param=path)
+    given = "" if isinstance(first["input"], dict | list) else f" = {_SHORT.repr(first['input'])}"
+    return ApiError(422, f"'{shown}'{given}: {reason}", code="invalid_parameter", param=shown)
+
+
+def _place(value: Any, error: ErrorDetails) -> list[int | str]:
+    """Where in `value` the error is: its `loc` without the names that pydantic gives to the forms of a union."""
+    place: list[int | str] = []
+    for part in error["loc"]:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+            place.append(part)
+    return [*place, error["loc"][-1]] if error["type"] == "missing" else place
+
+
+def _reason(error: ErrorDetails) -> str:
+    said = error["msg"].removeprefix("Value error, ")
+    return _PLAIN.get(error["type"]) or re.sub(r"^\w+ should", "must", said)
 
 
 def _names(cls: type[BaseModel]) -> list[str]:

@@ -49,7 +49,7 @@ class Job:
     async def chunks(self, *, idle_seconds: float) -> AsyncIterator[tuple[int, Chunk] | None]:
         """(request's place, chunk) until every request has ended; None whenever nothing came for a while.
 
-        Raises `ApiError` (500) when the engine fails one.
+        Raises `ApiError` when the engine fails one: 422 where that is the request's fault, else 500.
         """
         running = len(self.requests)
         while running:
@@ -58,6 +58,8 @@ class Job:
                 yield None
             arrived, self._arrived = self._arrived, []
             for place, chunk in arrived:
+                if chunk.finish_reason == "error" and chunk.fault == "request":
+                    raise refused(UserError(chunk.message))
                 if chunk.finish_reason == "error":
                     raise ApiError(500, f"the engine failed: {chunk.message or 'its log has the details'}")
                 running -= chunk.finish_reason is not None

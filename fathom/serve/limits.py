@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fathom.serve.errors import ApiError
@@ -33,21 +33,22 @@ class Gate:
         full = float(settings.requests_per_minute or 0)
         self._clients = [Client(salt, full, clock()) for salt in salts]
 
-    def identify(self, authorization: str | None) -> Client:
-        """Whose key an `Authorization` header holds. Raises `ApiError` (401).
+    def identify(self, authorizations: Sequence[str]) -> Client:
+        """Whose key the one `Authorization` header holds. Raises `ApiError` (401).
 
         Every key is compared, and in a time that does not tell how much of it was right.
         """
         if not self._digests:
             return self._clients[0]
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
         given = _digest(key.strip().encode("latin-1", "replace"))
         found = None
         for client, digest in zip(self._clients, self._digests, strict=True):
             if hmac.compare_digest(given, digest):
                 found = client
         if scheme.lower() != "bearer" or found is None:
-            reason = "the API key is not known here" if authorization else "an API key is needed"
+            reasons = ("an API key is needed", "the API key is not known here", "there are several API keys")
+            reason = reasons[min(len(authorizations), 2)]
             message = f"{reason}; send 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return found

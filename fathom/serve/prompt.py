@@ -1,6 +1,5 @@
 """From what a request says to the token ids that the model reads."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.thinking import CLOSING, OPENING, find_think_tags
 from fathom.errors import UserError
+from fathom.serve.body import strict_json
 from fathom.serve.encoding import TemplateEncoder
 from fathom.serve.errors import ApiError, refused
 from fathom.serve.schema import ChatForm, Message
@@ -51,8 +51,7 @@ class Prompter:
             text = self._tokenizer.apply_chat_template(
                 self._plain(messages),
                 tools=self._encoder.protect(tools) if tools else None,
-                **self._variables(form.chat_template_kwargs or {}),
-                **variables,
+                **{**self._variables(form.chat_template_kwargs or {}), **variables},
             )
             thinking = self.tags is not None and text.rstrip().endswith(OPENING)
             if last:
@@ -131,9 +130,12 @@ class Prompter:
         arguments = call["function"]["arguments"]
         if self._arguments_are_objects:
             try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                raise UserError("a tool call's arguments are not valid JSON") from None
+                arguments = strict_json(arguments)
+            except (ValueError, RecursionError) as error:
+                reason = str(error) if type(error) is ValueError else "it cannot be read"
+                raise UserError(f"a tool call's arguments are not valid JSON: {reason}") from None
+            if not isinstance(arguments, dict):
+                raise UserError("a tool call's arguments are JSON, but not an object")
         call["function"]["arguments"] = arguments
         return self._encoder.protect(call)
 

@@ -13,8 +13,11 @@ _OPENAI_MAX_TOKENS = 16
 """What /v1/completions draws when nothing is said, as OpenAI has it."""
 
 
-def sampling_of(form: SamplingForm, *, vocab_size: int) -> Sampling:
-    """How tokens are drawn. Raises `ApiError` for a bias on a token that there is none of."""
+def sampling_of(form: SamplingForm, *, vocab_size: int, defaults: Sampling) -> Sampling:
+    """How tokens are drawn, by `defaults` where the form does not say.
+
+    Raises `ApiError` for a bias on a token that there is none of.
+    """
     bias = {int(token): value for token, value in (form.logit_bias or {}).items()}
     if outside := next((token for token in bias if token >= vocab_size), None):
         message = f"'logit_bias': token id {outside} is not in the vocabulary of {vocab_size}"
@@ -29,7 +32,7 @@ def sampling_of(form: SamplingForm, *, vocab_size: int) -> Sampling:
         "repetition_penalty": form.repetition_penalty,
         "seed": None if form.seed is None else form.seed % _SEEDS,
     }
-    return Sampling(logit_bias=bias, **{name: value for name, value in given.items() if value is not None})
+    return defaults.replace(logit_bias=bias, **{name: value for name, value in given.items() if value is not None})
 
 
 def constraint_of(form: SamplingForm) -> Constraint | None:
@@ -52,13 +55,13 @@ def constraint_of(form: SamplingForm) -> Constraint | None:
 def room(form: SamplingForm, prompts: Sequence[Prompt], *, context: int) -> int:
     """The longest output. Raises `ApiError` (400) when a prompt leaves no room, or holds nothing."""
     longest = max(len(prompt.ids) for prompt in prompts)
+    param = "messages" if isinstance(form, ChatForm) else "prompt"
     if any(not prompt.ids for prompt in prompts):
-        raise ApiError(
-            422, "a prompt has no tokens; give some text to continue", code="invalid_parameter", param="prompt"
-        )
+        message = "a prompt has no tokens; give some text to continue"
+        raise ApiError(422, message, code="invalid_parameter", param=param)
     if longest >= context:
         message = f"the prompt has {longest} tokens, but prompt and answer together may have {context}; shorten it"
-        raise ApiError(400, message, code="context_length_exceeded", param="messages")
+        raise ApiError(400, message, code="context_length_exceeded", param=param)
     asked = form.max_tokens
     if isinstance(form, ChatForm):
         asked = asked or form.max_completion_tokens
@@ -88,7 +91,7 @@ def engine_requests(
         Request(
             prompt_ids=prompt.ids,
             max_tokens=max_tokens,
-            sampling=_seeded(sampling, sample),
+            sampling=sampling.of_sample(sample),
             stop=(form.stop,) if isinstance(form.stop, str) else tuple(form.stop or ()),
             ignore_eos=bool(form.ignore_eos),
             logprobs=logprobs,
@@ -100,10 +103,6 @@ def engine_requests(
         for prompt in prompts
         for sample in range(samples)
     ]
-
-
-def _seeded(sampling: Sampling, sample: int) -> Sampling:
-    return sampling if sampling.seed is None or not sample else sampling.replace(seed=(sampling.seed + sample) % _SEEDS)
 
 
 def _constraints(

@@ -177,7 +177,8 @@ class ThinkingSwitch(Form):
 class SamplingForm(Form):
     """What chat and plain completions have in common."""
 
-    model: str
+    model: str | None = None
+    """A served name; without one, the model that is served."""
     max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST)
     """Longest output, thoughts included; what the context leaves, if that is less."""
     temperature: float | None = Field(default=None, ge=0, le=2)

@@ -5,8 +5,11 @@ answers alone, and everything else goes to standard error. What a model prints i
 characters, with which it could move the cursor or rename the window, are not passed on.
 """
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -57,3 +60,22 @@ class Screen:
         self._unended = [other for other in self._unended if other is not stream]
         if not ends_line:
             self._unended.append(stream)
+
+
+@contextlib.contextmanager
+def keyboard_kept() -> Iterator[None]:
+    """Meanwhile a terminal does not show what is typed: it is kept, and shown at the first prompt."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios  # not on every system, as terminals are not
+
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(keyboard, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.protocol import Constraint, Engine
+from fathom.engine.protocol import Constraint, Engine, Sampling
 from fathom.engine.protocol import Request as EngineRequest
 from fathom.errors import nearest
 from fathom.serve.body import Form, read_body
@@ -70,6 +70,10 @@ class Service:
         }
         return {"object": "list", "data": [{"id": name, **about} for name in self.settings.names]}
 
+    def identify(self, request: Request) -> Client:
+        """Who asks. Raises `ApiError` (401)."""
+        return self.gate.identify(request.headers.getlist("authorization"))
+
     async def chat(self, request: Request) -> Delivery:
         """/v1/chat/completions."""
         return await self._answer(request, ChatForm, self._prepare_chat)
@@ -79,7 +83,7 @@ class Service:
         return await self._answer(request, CompletionForm, self._prepare_completion)
 
     async def _answer(self, request: Request, form: type[Form], make: Any) -> Delivery:
-        client = self.gate.identify(request.headers.get("authorization"))
+        client = self.identify(request)
         if self.draining:
             headers = {"Retry-After": str(self.settings.retry_after_seconds), "Connection": "close"}
             raise ApiError(503, "the server is shutting down; ask again later", code="draining", headers=headers)
@@ -111,8 +115,8 @@ class Service:
             on_end=end,
         )
 
-    def _check_model(self, name: str) -> None:
-        if name not in self.settings.names:
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.settings.names:
             message = f"there is no model '{name[:100]}' here{nearest(name[:100], self.settings.names)}"
             served = ", ".join(f"'{known}'" for known in self.settings.names)
             raise ApiError(404, f"{message}; served: {served}", code="model_not_found", param="model")
@@ -127,14 +131,14 @@ class Service:
             form,
             [prompt],
             max_tokens=max_tokens,
-            sampling=sampling_of(form, vocab_size=self._tokenizer.vocab_size),
+            sampling=self._sampling(form),
             constraint=constraint,
             thinking=dial.bounds(max_tokens),
             salt=_salt(client, form),
         )
         known = self._tool_form if names else None
         reply = ChatReply(
-            form.model,
+            form.model or self.settings.names[0],
             self._spelling,
             samples=len(requests),
             keep=form.n or 1 if form.best_of else len(requests),
@@ -142,6 +146,9 @@ class Service:
             with_usage=form.stream_options is not None and form.stream_options.include_usage,
         )
         return requests, reply
+
+    def _sampling(self, form: SamplingForm) -> Sampling:
+        return sampling_of(form, vocab_size=self._tokenizer.vocab_size, defaults=self.settings.sampling)
 
     def _tools(self, form: ChatForm) -> tuple[list[str], Constraint | None]:
         """Names of the functions that may be called, and what the answer must look like."""
@@ -175,13 +182,13 @@ class Service:
             form,
             prompts,
             max_tokens=room(form, prompts, context=self.engine.context),
-            sampling=sampling_of(form, vocab_size=self._tokenizer.vocab_size),
+            sampling=self._sampling(form),
             constraint=constraint_of(form),
             salt=_salt(client, form),
         )
         samples = len(requests) // len(prompts)
         reply = CompletionReply(
-            form.model,
+            form.model or self.settings.names[0],
             self._spelling,
             echoes=[self._echo(prompt) if form.echo else "" for prompt in given],
             inside=[prompt.starts_thinking for prompt in prompts],

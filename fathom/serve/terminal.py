@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 from pydantic import Field
 
 from fathom.config.section import Section
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.protocol import Chunk, Engine, Request, Ticket
+from fathom.engine.protocol import Chunk, Engine, Request, Sampling, Ticket
 from fathom.errors import UserError, nearest
 from fathom.serve.dial import read_dial
-from fathom.serve.errors import ApiError
+from fathom.serve.errors import ALIKE, ApiError
 from fathom.serve.prompt import Prompter
 from fathom.serve.requests import engine_requests, room, sampling_of
 from fathom.serve.schema import ChatForm, Effort
@@ -30,12 +31,16 @@ _HELP = """\
 /effort LEVEL    how long it may think: none, minimal, low, medium, high, xhigh, max
 /budget N|off    exactly how many tokens it may think
 /system [TEXT]   what to tell it before everything else; without a text, nothing
+/temperature T   how freely it draws its words: 0 (always the likeliest) to 2
+/seed N|off      the same seed and questions give the same answers
 /retry           ask the last question again
 /reset           begin a new conversation
 /save FILE       write the conversation as JSON
 /help            this
 /quit            end (so does Ctrl-D)
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer; a second one ends."""
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, or clears the line; a second one ends."""
+_FOREIGN = {"/again": "/retry", "/regenerate": "/retry", "/clear": "/reset", "/new": "/reset", "/exit": "/quit"}
+"""What other programs call a command of ours."""
 
 
 class ChatSettings(Section):
@@ -45,6 +50,10 @@ class ChatSettings(Section):
     """Told to the model before everything else; empty tells nothing."""
     temperature: float = Field(default=0.6, ge=0, le=2)
     """Divides the logits; 0 takes the most likely token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the smallest set of most likely tokens whose probabilities reach this sum."""
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    """Same seed and questions, same answers; None draws afresh each time."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest answer, thoughts included; None is what the context leaves."""
     think: bool | None = None
@@ -73,7 +82,10 @@ class TerminalChat:
         self._tokenizer = tokenizer
         self._prompter = Prompter(tokenizer)
         self._screen = screen
-        self._settings = settings
+        if settings.effort not in (None, "none"):
+            self._needs_tags("--effort")
+        # No effort is the switch, which /think may turn on again.
+        self._settings = settings.replace(think=False, effort=None) if settings.effort == "none" else settings
         self._turns: list[dict[str, str]] = []
         self._failed = False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -81,6 +93,8 @@ class TerminalChat:
             "/effort": self._set_effort,
             "/budget": self._set_budget,
             "/system": self._set_system,
+            "/temperature": self._set_temperature,
+            "/seed": self._set_seed,
             "/retry": self._retry,
             "/reset": self._reset,
             "/save": self._save,
@@ -110,7 +124,9 @@ class TerminalChat:
     def _command(self, words: str) -> None:
         name, _, rest = words.partition(" ")
         if name not in self._commands:
-            raise UserError(f"unknown command '{name}'{nearest(name, [*self._commands, '/quit'])}; see /help")
+            guess = nearest(name, [*self._commands, "/quit"], cutoff=ALIKE)
+            guess = f" (did you mean '{_FOREIGN[name]}'?)" if name in _FOREIGN else guess
+            raise UserError(f"unknown command '{name}'{guess}; see /help")
         self._commands[name](rest.strip())
 
     def _ask(self, question: str) -> None:
@@ -131,7 +147,9 @@ class TerminalChat:
         settings = self._settings
         system = [{"role": "system", "content": settings.system}] if settings.system else []
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in self._turns]
-        values: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+        values: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("temperature", "top_p", "seed", "max_tokens")
+        }
         if settings.think is not None:
             values["thinking"] = {"type": "enabled" if settings.think else "disabled"}
         if settings.think is not False:
@@ -144,7 +162,7 @@ class TerminalChat:
             form,
             [prompt],
             max_tokens=max_tokens,
-            sampling=sampling_of(form, vocab_size=self._tokenizer.vocab_size),
+            sampling=sampling_of(form, vocab_size=self._tokenizer.vocab_size, defaults=Sampling()),
             thinking=dial.bounds(max_tokens),
         )
         return request
@@ -237,6 +255,19 @@ class TerminalChat:
             raise UserError(f"/budget takes a number of tokens or 'off', not '{word}'")
         self._screen.note(f"thinking budget {word}")
 
+    def _set_temperature(self, word: str) -> None:
+        try:
+            self._settings = self._settings.replace(temperature=float(word))
+        except ValueError:  # not a number, or out of range
+            raise UserError(f"/temperature takes a number from 0 to 2, not '{word}'") from None
+        self._screen.note(f"temperature {self._settings.temperature:g}")
+
+    def _set_seed(self, word: str) -> None:
+        if word != "off" and not (word.isascii() and word.isdecimal() and len(word) < 19):
+            raise UserError(f"/seed takes a whole number or 'off', not '{word}'")
+        self._settings = self._settings.replace(seed=None if word == "off" else int(word))
+        self._screen.note(f"seed {word}")
+
     def _needs_tags(self, command: str) -> None:
         if not self._prompter.thinks:
             raise UserError(f"{command}: this model has no think tags in its chat template, so it cannot think visibly")
@@ -316,17 +347,36 @@ def _joined(lines: Iterator[str]) -> Iterator[str]:
 
 
 def terminal_lines(*, interactive: bool) -> Iterator[str]:
-    """Lines of standard input until it ends; at a terminal with a prompt, history and editing. Raises `UserError`."""
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (its import is what gives `input` its editing)
-    try:
-        while True:
+    """Lines of standard input until it ends; at a terminal with a prompt, history and editing.
+
+    There Ctrl-C clears what has been typed; where nothing has, the first one says how to end and the second raises
+    `KeyboardInterrupt`. Raises `UserError` for what is no text.
+    """
+    editor = _line_editor() if interactive else None
+    warned = False
+    while True:
+        try:
             yield input("> " if interactive else "")
-    except EOFError:
-        return
-    except UnicodeDecodeError:
-        raise UserError("standard input is not valid UTF-8 text") from None
+            warned = False
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("standard input is not valid UTF-8 text") from None
+        except KeyboardInterrupt:
+            typed = editor.get_line_buffer() if editor else ""
+            if editor is None or (warned and not typed):
+                raise
+            print("" if typed else "\nonce more, or Ctrl-D, ends")
+            warned = not typed
+
+
+def _line_editor() -> ModuleType | None:
+    """Python's readline, whose import is what gives `input` its editing; None where there is none."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        return readline
+    return None
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, settings: ChatSettings) -> int:

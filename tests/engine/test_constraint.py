@@ -5,12 +5,13 @@ import json
 import random
 import re
 import sys
+import threading
 
 import pytest
 
 from fathom.data import Tokenizer
 from fathom.engine.constraint import GrammarCompiler, Matcher
-from fathom.engine.protocol import Constraint
+from fathom.engine.protocol import Constraint, QueueFull
 from fathom.errors import UserError
 from tests.engine.vocabularies import EOS, byte_vocabulary
 
@@ -73,6 +74,27 @@ def test_control_tokens_are_never_text(compiler: GrammarCompiler) -> None:
     assert not mask[TOKENIZER.vocab_size - 2 :].any()
 
 
+@pytest.mark.parametrize("text", ["<think>b", "<eos></think>"])
+def test_a_spelled_control_token_is_text(compiler: GrammarCompiler, text: str) -> None:
+    """Where a constraint leaves no choice but to spell a control token, ordinary tokens do."""
+    matcher = compiler.start(Constraint(kind="regex", text=text))
+    tokens = []
+    while not matcher.finished:
+        tokens += matcher.mask().nonzero()[:1, 0].tolist()
+        matcher.advance(tokens[-1])
+    assert b"".join(TOKENIZER.pieces[token] for token in tokens) == text.encode()
+    assert max(tokens) < EOS
+
+
+def test_trials_do_not_pile_up(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While as many constraints are being tried out as may be, another is told to come back."""
+    monkeypatch.setattr(compiler, "_probes", threading.BoundedSemaphore(1))
+    constraint = Constraint(kind="json_schema", text='{"type": "string", "pattern": "^trial$"}')
+    with compiler._probes, pytest.raises(QueueFull, match="try again later"):
+        compiler.start(constraint)
+    compiler.start(constraint)
+
+
 def test_a_finished_answer_can_only_end(compiler: GrammarCompiler) -> None:
     """At its end only the end of the text is allowed, and taking it changes nothing."""
     matcher = compiler.start(Constraint(kind="regex", text="a"))
@@ -124,6 +146,27 @@ HOSTILE = {
     "deep grammar": ("grammar", "start: " + "(" * 4000 + '"a"' + ")" * 4000),
     "huge multiple": ("json_schema", '{"type": "integer", "multipleOf": 99999989}'),
     "huge decimal multiple": ("json_schema", '{"items": [{"type": "number", "multipleOf": 1234567.0891}]}'),
+    "multiples that multiply": (
+        "json_schema",
+        '{"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}',
+    ),
+    "multiples behind a reference": (
+        "json_schema",
+        '{"type": "integer", "multipleOf": 9973, "$ref": "#/$defs/a", "$defs": {"a": {"multipleOf": 9967}}}',
+    ),
+    "multiples beside each other": (
+        "json_schema",
+        json.dumps({"anyOf": [{"type": "integer", "multipleOf": 9900 + n} for n in range(50)]}),
+    ),
+    "patterns that multiply": (
+        "json_schema",
+        json.dumps({"type": "string", "allOf": [{"pattern": f"a.{{{n}}}b"} for n in range(10, 40)]}),
+    ),
+    "intersection in a grammar": (
+        "grammar",
+        "start: A\nA: " + " & ".join(f"/.*a.{{{n}}}b.*/" for n in range(10, 40)),
+    ),
+    "nothing fits": ("regex", r"[^\s\S]"),
     "product of choices": (
         "json_schema",
         json.dumps({"allOf": [{"anyOf": [{"required": [f"a{n}"]}, {"required": [f"b{n}"]}]} for n in range(30)]}),
@@ -132,6 +175,12 @@ HOSTILE = {
 }
 DEFINITIONS = {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(1500)} | {"1500": {}}
 LARGE = {
+    "ordinary intersections": (
+        "json_schema",
+        json.dumps(
+            {"anyOf": [{"type": "number", "multipleOf": 0.01}, {"type": "string", "pattern": "a.b", "maxLength": 9}]}
+        ),
+    ),
     "nested repetition": ("regex", "((a{1,1000}b?){1,1000}c?){1,1000}d"),
     "optional repetition": ("regex", "(a?){100000}a{100000}"),
     "long chain": ("json_schema", json.dumps({"$ref": "#/$defs/0", "$defs": DEFINITIONS})),

@@ -14,7 +14,7 @@ from tests.model.configs import FAMILIES, build
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@pytest.mark.parametrize("weights", ["as loaded", "int8"])
+@pytest.mark.parametrize("weights", ["as loaded", "int8", "fp8"])
 def test_dense_layers_in_one_call_equal_the_modules_to_the_bit(weights: str) -> None:
     """Hidden states and cache are the same whether layers run in one call or as modules."""
     torch.manual_seed(0)
@@ -40,6 +40,39 @@ def test_dense_layers_in_one_call_equal_the_modules_to_the_bit(weights: str) -> 
             hidden, _ = form.hidden_states(ids, cache=call)
             results.append([hidden, *(pool for pair in cache.pools for pool in pair)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_prompt_divided_among_threads_is_read_as_by_one(threads: int) -> None:
+    """Tokens of one sequence that different threads take see each other's keys, in every layer."""
+    torch.manual_seed(0)
+    config = preset("smollm2-135m").replace(num_hidden_layers=3)
+    model = Transformer(config)
+    model.init_weights(0)
+    decoder = dense_decoder(packed(model.to(torch.bfloat16)))
+    assert isinstance(decoder, DenseDecoder)
+    tokens = 190
+    ids, pages = torch.randint(config.vocab_size, (tokens,)), torch.arange(3, dtype=torch.int32)
+
+    def hidden(parts: list[int]) -> torch.Tensor:
+        cache, rows, start = PagedCache(config, pages=3, dtype=torch.bfloat16), [], 0
+        for count in parts:
+            positions = torch.arange(start, start + count)
+            call = PagedCall(
+                cache, positions, positions, count, pages.repeat(count, 1), (positions + 1).to(torch.int32)
+            )
+            rows.append(decoder.hidden_states(ids[None, start : start + count], cache=call)[0][0])
+            start += count
+        return torch.cat(rows)
+
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            one_by_one = hidden([1] * tokens)
+            torch.set_num_threads(threads)
+            assert all(torch.equal(one_by_one, hidden([tokens])) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

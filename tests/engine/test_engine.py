@@ -237,6 +237,8 @@ def test_a_step_that_fails_ends_those_it_hits(
 
         def fail(*args: object, **kwargs: object) -> object:
             calls.append(None)
+            while len(calls) == 1 and engine._unfinished < 3:
+                time.sleep(0.001)  # all three are to be in the step that fails
             if len(calls) == 3:
                 raise RuntimeError("secret detail")
             return original(*args, **kwargs)
@@ -305,6 +307,9 @@ def test_closing_at_once_tells_everybody(models: dict[str, Transformer]) -> None
         (ask([1] * CONTEXT), "shorten it"),
         (ask([1], 0), "max_tokens"),
         (ask([1], -5), "max_tokens"),
+        (ask([1.0]), "whole numbers"),  # type: ignore[list-item]
+        (ask([1], 2.5), "max_tokens"),  # type: ignore[arg-type]
+        (ask([1], logprobs=-3), "logprobs"),
         (ask([1], sampling=Sampling(logit_bias={259: 1.0})), "logit_bias"),
         (ask([1], stop=("",)), "stop"),
         (ask([1], thinking=Thinking(budget=1, minimum=2)), "minimum"),
@@ -320,6 +325,18 @@ def test_what_cannot_be_served_is_refused(request_: Request, said: str, models: 
         assert run(engine, [ask([1], 3)])[0].last.usage.completion == 3
 
 
+def test_a_grammar_that_gives_up_is_the_request_s_fault(models: dict[str, Transformer]) -> None:
+    """An answer that can go no further ends with its grammar's sentence; the engine's own failures say otherwise."""
+    pytest.importorskip("llguidance")
+    stuck = Constraint(kind="grammar", text='start: "a" B\nB: /[^\\s\\S]/\n')
+    with engine_of(models["gqa"]) as engine:
+        last = run(engine, [ask([1], constraint=stuck)])[0].last
+        assert (last.finish_reason, last.fault) == ("error", "request")
+        assert last.message == "constraint: the answer cannot go on (no text fits it); simplify the grammar"
+        engine._stepper = None  # type: ignore[assignment]
+        assert run(engine, [ask([1])])[0].last.fault == "engine"
+
+
 def test_bounds_on_thoughts_need_tags(models: dict[str, Transformer]) -> None:
     """A model without think tags refuses bounds on thoughts."""
     with engine_of(models["gqa"], PLAIN) as engine, pytest.raises(UserError, match="think tags"):
@@ -328,7 +345,7 @@ def test_bounds_on_thoughts_need_tags(models: dict[str, Transformer]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"prefill_tokens": 0}, {"max_running": 0}, {"queue": 0}, {"context": 0}, {"context": -1}, {"prefill_tokens": -7}],
+    [{"prefill_tokens": 0}, {"max_running": 0}, {"queue": 0}, {"context": 1}, {"context": -1}, {"prefill_tokens": -7}],
 )
 def test_settings_that_serve_nobody_are_refused(settings: dict[str, int]) -> None:
     """Bounds of nothing or less are a sentence, not an engine that dies on its first request."""

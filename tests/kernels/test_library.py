@@ -1,5 +1,6 @@
 """Building the kernels where machines are as they are: no compiler, no home, broken files, several at once."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_it_is_built_once(opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert answers(found)
     assert not said
     assert [path.suffix for path in (tmp_path / "cache" / "fathom").iterdir()] == [".so"]
+
+
+def test_compiling_is_logged_and_not_printed(
+    opened, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever listens hears of it when it begins, once; a program that does not listen prints nothing."""
+    caplog.set_level(logging.INFO, "fathom.kernels")
+    for _ in range(2):
+        opened()
+    said = [record.getMessage() for record in caplog.records if record.name == module.__name__]
+    assert said == ["compiling kernels for this processor, once, a few seconds"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_a_compiler_it_is_said_once(opened, monkeypatch: pytest.MonkeyPatch) -> None:

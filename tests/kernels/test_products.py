@@ -5,20 +5,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.kernels import ops
+from fathom.kernels import ops, panels
 from fathom.model.experts import routed_experts
 
 pytestmark = pytest.mark.usefixtures("kernels")
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-every_kind = pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
+every_kind = pytest.mark.parametrize("kind", ["f32", "bf16", "int8", "fp8"])
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def packed(weight: Tensor, *, int8: bool = False) -> ops.Packed:
-    result = ops.pack(weight, int8=int8)
+def packed(*parts: Tensor, kind: str = "as it is", interleaved: bool = False) -> panels.Packed:
+    rounding = kind if kind in panels.DTYPES else None
+    result = panels.pack(*parts, rounding=rounding, interleaved=interleaved)
     assert result is not None
     return result
 
@@ -93,7 +94,7 @@ def test_swiglu_equals_its_definition(inner: int, dtype: torch.dtype) -> None:
     """silu(gate x) · up x at every width, as wide as the matrices were, for large inputs too."""
     gate, up = draw(inner, 64, dtype=dtype), draw(inner, 64, dtype=dtype, seed=1)
     x = draw(11, 64, dtype=dtype, seed=2) * torch.tensor([1.0, 0.0, 30.0, *[0.1] * 8], dtype=dtype)[:, None]
-    got = ops.swiglu(x, packed(ops.interleave(gate, up)), inner)
+    got = ops.swiglu(x, packed(gate, up, interleaved=True), inner)
     exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
     assert got.shape == exact.shape
     assert torch.allclose(got.double(), exact, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-4)
@@ -121,7 +122,7 @@ def experts_case(kind: str, tokens: int, choice: str) -> tuple[Tensor, ...]:
 def test_experts_equal_the_definition(tokens: int, choice: str, dtype: torch.dtype) -> None:
     """Empty experts, one that takes all tokens and one chosen twice give the sum of `routed_experts`."""
     x, ids, weights, gate, up, down = experts_case("f32" if dtype is torch.float32 else "bf16", tokens, choice)
-    got = ops.experts(x, ids, weights, packed(ops.interleave(gate, up)), packed(down))
+    got = ops.experts(x, ids, weights, packed(gate, up, interleaved=True), packed(down))
     exact = routed_experts(x.float(), ids, weights, torch.cat((gate, up), dim=1).float(), down.float())
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     assert torch.allclose(got.float(), exact, rtol=tolerance, atol=tolerance)
@@ -144,10 +145,10 @@ def test_int8_is_as_close_as_its_blocks(outputs: int) -> None:
     """A product with int8 weights is off by no more than half a step of each block's activations and weights."""
     weight = draw(outputs, 192, dtype=torch.bfloat16)
     x = draw(13, 192, dtype=torch.bfloat16, seed=1) * torch.logspace(-3, 3, 13, dtype=torch.bfloat16)[:, None]
-    kept = ops.dequantise_int8(*ops.quantise_int8(weight)).double()
+    kept = panels.dequantise_int8(*panels.quantise_int8(weight)).double()
     step = x.double().unflatten(1, (-1, 64)).abs().amax(-1) / 127
     bound = (0.5 * step).repeat_interleave(64, dim=1) @ kept.abs().T
-    got = ops.linear(x, packed(weight, int8=True), wide=True).double()
+    got = ops.linear(x, packed(weight, kind="int8"), wide=True).double()
     exact = x.double() @ kept.T
     assert ((got - exact).abs() <= bound + 1e-5 * exact.abs() + 1e-5).all()
     assert ((kept - weight.double()).abs().unflatten(1, (-1, 64)) <= _half_steps(weight)).all()
@@ -165,7 +166,7 @@ def test_int8_of_whole_numbers_is_exact() -> None:
     weight = torch.randint(-127, 128, (40, 128), generator=generator).to(torch.bfloat16)
     x = torch.randint(-127, 128, (9, 128), generator=generator).to(torch.bfloat16)
     weight[:, ::64], x[:, ::64] = 127, -127
-    got = ops.linear(x, packed(weight, int8=True), wide=True)
+    got = ops.linear(x, packed(weight, kind="int8"), wide=True)
     assert torch.equal(got.double(), x.double() @ weight.double().T)
 
 
@@ -173,21 +174,21 @@ def test_int8_of_zeros_is_zero() -> None:
     """Rows, blocks of activations and rows of weights that are all zero give zeros, not NaN."""
     weight, x = draw(40, 128, dtype=torch.bfloat16), draw(4, 128, dtype=torch.bfloat16, seed=1)
     weight[3], x[2], x[1, 64:] = 0, 0, 0
-    got = ops.linear(x, packed(weight, int8=True))
+    got = ops.linear(x, packed(weight, kind="int8"))
     assert got.isfinite().all()
     assert (got[2] == 0).all()
     assert (got[:, 3] == 0).all()
-    assert torch.equal(got[1], ops.linear(x[1], packed(weight, int8=True)))
+    assert torch.equal(got[1], ops.linear(x[1], packed(weight, kind="int8")))
 
 
 @every_kind
 def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
     """Each product gives a row the same bits alone, among 64, and among 200, at any place."""
     dtype = torch.float32 if kind == "f32" else torch.bfloat16
-    int8 = kind == "int8"
-    x = draw(200, 128, dtype=dtype)
-    weight = packed(draw(75, 128, dtype=dtype, seed=1), int8=int8)
-    gate_up = packed(ops.interleave(draw(64, 128, dtype=dtype, seed=2), draw(64, 128, dtype=dtype, seed=3)), int8=int8)
+    x = draw(200, 192, dtype=dtype)
+    weight = packed(draw(75, 192, dtype=dtype, seed=1), kind=kind)
+    gate, up = draw(64, 192, dtype=dtype, seed=2), draw(64, 192, dtype=dtype, seed=3)
+    gate_up = packed(gate, up, kind=kind, interleaved=True)
     bias = draw(75, dtype=dtype, seed=4)
     for product in (
         lambda rows: ops.linear(rows, weight, bias),
@@ -204,7 +205,7 @@ def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
 def test_an_expert_s_token_does_not_depend_on_its_company(kind: str) -> None:
     """Routed experts give a token the same bits alone and among 200."""
     x, ids, weights, gate, up, down = experts_case(kind, 200, "spread")
-    gate_up, down = (packed(w, int8=kind == "int8") for w in (ops.interleave(gate, up), down))
+    gate_up, down = packed(gate, up, kind=kind, interleaved=True), packed(down, kind=kind)
     whole = ops.experts(x, ids, weights, gate_up, down)
     assert torch.equal(ops.experts(x[:64], ids[:64], weights[:64], gate_up, down), whole[:64])
     for row in (0, 5, 63, 199):
@@ -223,8 +224,8 @@ def test_a_head_s_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None
 
 def test_what_cannot_be_packed_is_said() -> None:
     """Odd bfloat16 widths, int8 without whole blocks or of float32, and other dtypes give None."""
-    assert ops.pack(draw(4, 5, dtype=torch.bfloat16)) is None
-    assert ops.pack(draw(4, 96, dtype=torch.bfloat16), int8=True) is None
-    assert ops.pack(draw(4, 64), int8=True) is None
-    assert ops.pack(draw(4, 64).double()) is None
-    assert ops.pack(draw(4, 5)) is not None
+    assert panels.pack(draw(4, 5, dtype=torch.bfloat16)) is None
+    assert panels.pack(draw(4, 96, dtype=torch.bfloat16), rounding="int8") is None
+    assert panels.pack(draw(4, 64), rounding="int8") is None
+    assert panels.pack(draw(4, 64).double()) is None
+    assert panels.pack(draw(4, 5)) is not None

@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 def test_resolve_tells_folders_files_and_names_apart(folder, monkeypatch):
     """A folder is itself, a misspelt one is refused with the nearest, a stray file is refused."""
     assert resolve(folder) == folder
-    with pytest.raises(UserError, match=r"no such model folder \(did you mean 'model'\?\)"):
+    with pytest.raises(UserError, match=rf"no such model folder \(did you mean '{folder}'\?\)"):
         resolve(folder.parent / "modle")
     with pytest.raises(UserError, match=r"expected a model folder or a \.gguf file"):
         resolve(folder / "model.safetensors")
@@ -47,7 +47,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, n
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     (tmp_path / "runs" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    near = r" \(did you mean 'model'\?\)" if "modle" in name else ""
+    near = r" \(did you mean 'runs/model'\?\)" if "modle" in name else ""
     with pytest.raises(UserError, match=rf"no such model folder{near}$"):
         resolve(name)
 

@@ -53,7 +53,7 @@ class Browser:
 
     def _loaded(self) -> None:
         self.wait(lambda: self.script("return document.readyState === 'complete'"))
-        self.wait(lambda: self.shown("#model") or self.shown("#notice"))
+        self.wait(lambda: any(map(self.shown, ("#model", "#only-model", "#notice"))))
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}

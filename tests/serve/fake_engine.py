@@ -68,7 +68,7 @@ class FakeEngine:
     def _play(self, request: Request, script: Sequence[object], ticket: FakeTicket, deliver) -> None:
         prompt, drawn, thought = len(request.prompt_ids), 0, 0
         part: Part = "answer"
-        finish, message = self.finish, ""
+        finish, message, fault = self.finish, "", "engine"
         for step in script:
             if step is STALL:
                 self.stalled.set()
@@ -80,6 +80,7 @@ class FakeEngine:
                 continue
             if isinstance(step, Exception):
                 finish, message = "error", str(step)
+                fault = "request" if isinstance(step, UserError) else "engine"
                 break
             part, text = step if isinstance(step, tuple) else ("answer", step)
             drawn += 1
@@ -89,6 +90,6 @@ class FakeEngine:
                 top = [(20 + place, -1.0 - place) for place in range(request.logprobs)]
                 logprobs = [TokenLogprob(20, float("-inf") if text == "impossible" else -0.5, top)]
             deliver(Chunk(part, text, [20], logprobs, Usage(prompt, 1, drawn, thought)))
-        deliver(Chunk(part, "", [], None, Usage(prompt, 1, drawn, thought), finish, message))
+        deliver(Chunk(part, "", [], None, Usage(prompt, 1, drawn, thought), finish, message, fault))
         if finish == "cancelled":
             self.ended.set()

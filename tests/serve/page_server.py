@@ -79,6 +79,7 @@ class Script:
     refusals: list[tuple[int, dict[str, str], str]] = field(default_factory=list)
     """Status, headers and message of the next answers, before any reply is played."""
     thinking: bool = True
+    models: tuple[str, ...] = ("scripted",)
     key: str | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the chat requests."""
@@ -116,8 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/v1/models":
             if self._refuse_wrong_key():
                 return
-            model = {"id": "scripted", "object": "model", "thinking": self.script.thinking, "context": 4096}
-            self._send(200, json.dumps({"object": "list", "data": [model]}).encode(), "application/json")
+            about = {"object": "model", "thinking": self.script.thinking, "context": 4096}
+            models = [{"id": name, **about} for name in self.script.models]
+            self._send(200, json.dumps({"object": "list", "data": models}).encode(), "application/json")
             return
         file = PAGE / (path.lstrip("/") or "index.html")
         if not file.resolve().is_relative_to(PAGE) or not file.is_file():

@@ -47,6 +47,8 @@ def refusal(answer) -> tuple[int, str | None, str | None]:
         (b"{" + b",".join(b'"%d": 1' % place for place in range(5000)) + b"}", 400, "invalid_json"),
         (b'{"model": "\\ud800"}', 400, "invalid_json"),
         (b'{"\\udfff": 1}', 400, "invalid_json"),
+        (HELLO.encode() + b', "seed": 1, "seed": 2}', 400, "invalid_json"),
+        (HELLO.encode() + b', "metadata": {"a": 1, "\\u0061": 1}}', 400, "invalid_json"),
     ],
 )
 def test_bodies_that_cannot_be_read(serve: Serve, body: bytes, status: int, code: str) -> None:
@@ -59,7 +61,7 @@ def test_bodies_that_cannot_be_read(serve: Serve, body: bytes, status: int, code
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
@@ -107,6 +109,47 @@ def test_parameters_that_cannot_be_served(serve: Serve, ask: dict, given: dict, 
 def test_parameters_that_contradict_each_other(serve: Serve, ask: dict, given: dict) -> None:
     """A 422 with a sentence."""
     assert refusal(serve(FakeEngine()).post(PATH, json=ask | given))[:2] == (422, "invalid_parameter")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stop": 5}, "'stop' = 5: must be a text or a list"),
+        ({"stop": [5]}, "'stop.0' = 5: must be a text"),
+        ({"thinking": "on"}, "'thinking' = 'on': must be an object"),
+        ({"tool_choice": 5}, "'tool_choice' = 5: must be 'none', 'auto' or 'required' or an object"),
+        ({"tool_choice": {"type": "function"}}, "'tool_choice.function' is missing"),
+        ({"messages": [5]}, "'messages.0' = 5: must be an object"),
+        ({"messages": []}, "'messages': must not be empty"),
+        ({"temperature": 3}, "'temperature' = 3: must be less than or equal to 2"),
+    ],
+)
+def test_sentences_know_nothing_of_python(serve: Serve, ask: dict, given: dict, said: str) -> None:
+    """What is wrong is said of the JSON that was sent: no classes, no names of types in the place."""
+    assert serve(FakeEngine()).post(PATH, json=ask | given).json()["error"]["message"] == said
+
+
+@pytest.mark.parametrize("foreign", ["foo", "id_slot", "timestamp", "stop_token_ids"])
+def test_no_guess_is_better_than_a_wild_one(serve: Serve, ask: dict, foreign: str) -> None:
+    """A parameter that other programs have and nothing here is like gets no suggestion."""
+    message = serve(FakeEngine()).post(PATH, json=ask | {foreign: 1}).json()["error"]["message"]
+    assert message == f"unknown parameter '{foreign}'"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"functions": []}, "tools"),
+        ({"repeat_penalty": 1.1}, "repetition_penalty"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking_budget"),
+        ({"reasoning": {"effort": "low"}}, "reasoning_effort"),
+    ],
+)
+def test_what_others_call_ours(serve: Serve, ask: dict, given: dict, meant: str) -> None:
+    """A parameter under another program's name is refused with ours."""
+    answer = serve(FakeEngine()).post(PATH, json=ask | given)
+    assert refusal(answer)[:2] == (422, "unknown_parameter")
+    assert answer.json()["error"]["message"].endswith(f"(did you mean '{meant}'?)")
 
 
 def test_unknown_parameters_name_the_nearest(serve: Serve, ask: dict) -> None:
@@ -171,7 +214,10 @@ def test_what_is_not_there(serve: Serve, ask: dict) -> None:
     answer = client.post(PATH, json=ask | {"model": "quickstrat"})
     assert refusal(answer) == (404, "model_not_found", "model")
     assert "did you mean 'quickstart'" in answer.json()["error"]["message"]
-    assert refusal(client.get("/v1/nothing"))[:2] == (404, "not_found")
+    nothing = client.get("/v1/nothing")
+    assert refusal(nothing)[:2] == (404, "not_found")
+    said = "'/v1/nothing' is not served here; there are /v1/chat/completions, /v1/completions, /v1/models, /health"
+    assert nothing.json()["error"]["message"] == f"{said}, /metrics"
     assert refusal(client.post("/v1/nothing"))[0] == 404
     assert refusal(client.get(PATH))[0] == 405
     assert refusal(client.delete("/health"))[0] == 405
@@ -197,6 +243,53 @@ def test_large_bodies_are_never_held(serve: Serve) -> None:
             yield b" " * 100
 
     assert refusal(client.post(PATH, content=endless(), headers=JSON))[:2] == (413, "body_too_large")
+
+
+def test_a_grammar_that_gives_up_is_the_client_s_fault(serve: Serve, ask: dict) -> None:
+    """An answer that its constraint does not let go on is a 422 with the reason, streamed too."""
+    client = serve(FakeEngine([["a", UserError("constraint: the answer cannot go on")]]))
+    answer = client.post(PATH, json=ask | {"guided_grammar": "x"})
+    assert refusal(answer)[:2] == (422, "invalid_parameter")
+    assert answer.json()["error"]["message"] == "constraint: the answer cannot go on"
+    assert '"code":"invalid_parameter"' in client.post(PATH, json=ask | {"stream": True}).text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["self", "template", "variables", "args", "kwargs", "extra", "source", "context", "loop", "a b", "", "range"],
+)
+def test_template_variables_of_any_name(serve: Serve, ask: dict, name: str) -> None:
+    """A variable that is called like a parameter of ours is one for the template all the same."""
+    engine = FakeEngine()
+    assert serve(engine).post(PATH, json=ask | {"chat_template_kwargs": {name: "x"}}).status_code == 200
+    with_it, without = (serve(engine).post(PATH, json=ask) and engine.requests[place] for place in (0, -1))
+    assert with_it.prompt_ids == without.prompt_ids
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"]
+)
+def test_template_variables_that_are_the_service_s(serve: Serve, ask: dict, name: str) -> None:
+    """What a conversation itself decides cannot be set beside it."""
+    answer = serve(FakeEngine()).post(PATH, json=ask | {"chat_template_kwargs": {name: "x"}})
+    assert refusal(answer) == (422, "invalid_parameter", "chat_template_kwargs")
+
+
+def test_mistakes_in_a_plain_completion_name_its_parameter(serve: Serve) -> None:
+    """There are no messages to be wrong."""
+    engine = FakeEngine(context=4)
+    client = serve(engine)
+    long = client.post("/v1/completions", json={"prompt": [5] * 4})
+    assert refusal(long) == (400, "context_length_exceeded", "prompt")
+
+
+def test_several_keys_are_refused(serve: Serve) -> None:
+    """A right key beside another is none: which of them counts is nothing to guess about."""
+    client = serve(FakeEngine(), api_keys=("sk",))
+    headers = [("authorization", "Bearer sk"), ("authorization", "Bearer other")]
+    for path in ("/v1/models", "/v1/models/m"):
+        assert client.get(path, headers=headers[:1]).status_code == 200
+        assert refusal(client.get(path, headers=headers))[:2] == (401, "invalid_api_key")
 
 
 def test_what_the_engine_refuses(serve: Serve, ask: dict) -> None:
@@ -227,12 +320,17 @@ def test_our_own_mistakes_are_a_500_without_insides(serve: Serve, ask: dict) -> 
         answer = client.post(PATH, json=ask)
         assert refusal(answer)[0] == 500
         assert "secret" not in answer.text
+        assert answer.headers["x-frame-options"] == "DENY"
     assert client.get("/health").status_code == 200
 
 
-def test_arguments_that_are_no_json(serve: Serve, tokenizer: Tokenizer, ask: dict) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    ["{", "", "[]", "5", "null", '"{}"', '{"a": NaN}', '{"a": 1e999}', '"\\ud800"', '{"a": 1, "a": 2}', "[" * 9999],
+)
+def test_arguments_that_are_no_json(serve: Serve, tokenizer: Tokenizer, ask: dict, arguments: str) -> None:
     """A template that needs a call's arguments as an object gets one, or the client a 422."""
-    call = {"id": "1", "function": {"name": "f", "arguments": "{"}}
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
     messages = [*ask["messages"], {"role": "assistant", "tool_calls": [call]}]
     client = serve(FakeEngine(), of=with_template(tokenizer, HERMES))
     assert refusal(client.post(PATH, json=ask | {"messages": messages})) == (422, "invalid_parameter", "messages")
@@ -255,6 +353,7 @@ def test_the_document_is_json(serve: Serve) -> None:
         "/v1/models/{name}",
         "/health",
         "/metrics",
+        "/version",
     }
     references = {text.split('"')[0] for text in json.dumps(document).split('"#/components/schemas/')[1:]}
     assert references <= set(document["components"]["schemas"])

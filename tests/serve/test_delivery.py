@@ -100,6 +100,22 @@ def test_who_leaves_is_not_computed_for(tokenizer: Tokenizer, ask: dict, stream:
     assert all(ticket.cancelled.is_set() for ticket in engine.tickets)
 
 
+def test_who_leaves_is_no_failure_of_ours(tokenizer: Tokenizer, ask: dict) -> None:
+    """A request whose client did not wait for the status is counted as such, not among the 500s."""
+    engine = FakeEngine([[STALL]])
+
+    async def visit() -> str:
+        app = app_of(engine, tokenizer)
+        client = Visit(app, ask)
+        await asyncio.to_thread(engine.stalled.wait, 10)
+        client.leave()
+        await client.task
+        return app.state.service.metrics.text().decode()
+
+    assert 'code="499"' in (counted := asyncio.run(visit()))
+    assert 'code="500"' not in counted
+
+
 def test_a_failure_after_the_first_sign_of_life(tokenizer: Tokenizer, ask: dict) -> None:
     """The status has gone out by then; the error object comes in the body, which is still JSON."""
     engine = FakeEngine([[STALL, RuntimeError("x")]])

@@ -43,7 +43,7 @@ def test_the_rate_is_kept_per_key() -> None:
     """A minute's worth may come at once, then one per interval; the refusal says how long to wait."""
     now = [0.0]
     gate = Gate(ServiceSettings(api_keys=("a", "b"), requests_per_minute=3), clock=lambda: now[0])
-    a, b = gate.identify("Bearer a"), gate.identify("Bearer b")
+    a, b = gate.identify(["Bearer a"]), gate.identify(["Bearer b"])
     for _ in range(3):
         gate.enter(a)
     with pytest.raises(ApiError) as refusal:
@@ -64,7 +64,7 @@ def test_the_rate_is_kept_per_key() -> None:
 def test_concurrency_is_kept_per_key() -> None:
     """A place is free again when its request ends, and leaving twice frees one place only."""
     gate = Gate(ServiceSettings(concurrent_requests=2))
-    client = gate.identify(None)
+    client = gate.identify([])
     leave = gate.enter(client)
     gate.enter(client)
     with pytest.raises(ApiError, match="2 requests running"):

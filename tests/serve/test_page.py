@@ -349,7 +349,7 @@ def test_key_is_asked_for_and_kept_for_the_tab(page: Browser, script: Script) ->
     page.click("#notice .text-button")
     page.find("#setting-key").send_keys("let-me-in")
     page.click("#settings-dialog [type=submit]")
-    page.wait(lambda: page.shown("#model"))
+    page.wait(lambda: page.shown("#only-model"))
     page.reload()
     page.ask("hello")
     assert page.text(".answer-text") == "ok"
@@ -357,17 +357,18 @@ def test_key_is_asked_for_and_kept_for_the_tab(page: Browser, script: Script) ->
 
 
 def test_settings_reach_the_service(page: Browser, script: Script) -> None:
-    """System prompt, temperature, length and thinking budget are sent, and only where they are set."""
+    """System prompt, temperature, length and thinking budget are sent; but for the temperature only where set."""
     page.ask("before")
-    assert not {"temperature", "max_tokens", "thinking_budget"} & set(script.asked[-1])
+    assert not {"max_tokens", "thinking_budget"} & set(script.asked[-1])
+    assert script.asked[-1]["temperature"] == 0.6
     page.click("#settings")
-    for name, value in {"system": "Be brief.", "temperature": "0.6", "maxTokens": "50", "budget": "20"}.items():
+    for name, value in {"system": "Be brief.", "temperature": "0.9", "maxTokens": "50", "budget": "20"}.items():
         page.find(f"#setting-{name}").send_keys(value)
     page.click("#settings-dialog [type=submit]")
     page.ask("after")
     asked = script.asked[-1]
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert (asked["temperature"], asked["max_tokens"], asked["thinking_budget"]) == (0.6, 50, 20)
+    assert (asked["temperature"], asked["max_tokens"], asked["thinking_budget"]) == (0.9, 50, 20)
 
 
 def test_usage_is_shown(page: Browser, script: Script) -> None:
@@ -482,3 +483,67 @@ def test_theme_is_kept(page: Browser) -> None:
     page.reload()
     assert page.script("return document.documentElement.dataset.theme") == "dark"
     assert page.script("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 29)"
+
+
+def test_draft_is_kept_with_its_conversation(page: Browser, script: Script) -> None:
+    """Unsent words are there after a reload, in the conversation they were written for alone; sent ones are not."""
+    page.write("for a new one", send=False)
+    page.reload()
+    assert page.find("#prompt").get_property("value") == "for a new one"
+    page.find("#prompt").clear()
+    page.ask("sent")
+    page.reload()
+    assert page.find("#prompt").get_property("value") == ""
+    page.write("for this one", send=False)
+    page.click("#new")
+    assert page.find("#prompt").get_property("value") == ""
+    page.click("#conversations .open-conversation")
+    assert page.find("#prompt").get_property("value") == "for this one"
+
+
+def test_single_newlines_are_line_breaks(page: Browser, script: Script) -> None:
+    """In thoughts and answers alike; code keeps its lines as text, and the items of a list get none between them."""
+    script.reply = [Thoughts("first\nthen"), Text("Roses\nViolets\n\n- one\n- two\n  more\n\n```\na\nb\n```\n")]
+    page.ask("verse")
+    assert len(page.all(".thoughts .prose p br")) == 1
+    assert page.script("return document.querySelector('.answer-text p').innerText") == "Roses\nViolets"
+    assert [len(item.find_elements("css selector", "br")) for item in page.all(".answer-text li")] == [0, 1]
+    assert page.text(".answer-text pre") == "a\nb\n"
+    assert not page.all(".answer-text pre br")
+
+
+def test_temperature_unless_set(page: Browser, script: Script) -> None:
+    """The settings say what is asked for when nothing is set, and a zero of one's own counts as set."""
+    page.click("#settings")
+    assert page.find("#setting-temperature").get_attribute("placeholder") == "0.6 unless set"
+    page.find("#setting-temperature").send_keys("0")
+    page.click("#settings-dialog [type=submit]")
+    page.ask("one")
+    assert script.asked[-1]["temperature"] == 0
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_model_s_name_is_not_cut(page: Browser, script: Script, width: int) -> None:
+    """The one model's name stands in the header in full, on a phone in the title's place; several can be chosen."""
+    script.models = ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",)
+    page.reload()
+    page.resize(width, 740)
+    assert page.text("#only-model") == script.models[0]
+    assert page.script("const n = document.querySelector('#only-model'); return n.scrollWidth <= n.clientWidth")
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+    assert page.script("return document.querySelector('#title').getBoundingClientRect().width > 1") or width < 500
+    script.models = ("one", "two")
+    page.reload()
+    assert page.shown("#model")
+    assert not page.shown("#only-model")
+
+
+def test_phone_has_no_dead_switch(page: Browser, script: Script) -> None:
+    """A model without think tags has no DeepThink on a phone, where there is no room to say why."""
+    script.thinking = False
+    page.reload()
+    assert page.shown("#think")
+    page.resize(360, 740)
+    assert not page.shown("#think")
+    assert not page.shown("#think-hint")
+    assert page.violations() == []

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from fathom.data import Tokenizer
+from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.serve.app import create_app
 from fathom.serve.server import Server, announcement, listen, read_keys
@@ -140,15 +141,19 @@ def test_a_process_ends_by_itself(tmp_path: Path) -> None:
 
 
 def test_where_it_listens_is_said() -> None:
-    """Loopback is one line; anything else is said, and warned of when there is no key."""
+    """Names and address; anything but loopback is said, and warned of when there is no key."""
     with listen("127.0.0.1", 0) as listener:
-        assert len(announcement(listener, with_keys=False)) == 1
+        said = announcement(listener, ServiceSettings(names=("a", "b")))
+        assert said[0] == "model name for requests: a, b"
+        assert len(said) == 2
+        drawn = announcement(listener, ServiceSettings(sampling=Sampling(temperature=0.6)))
+        assert drawn[1] == "requests that do not say: temperature 0.6, top_p 1"
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: cannot listen"):
             listen("127.0.0.1", port)
     with listen("0.0.0.0", 0) as listener:
-        assert "other machines" in announcement(listener, with_keys=True)[1]
-        assert "no API key" in announcement(listener, with_keys=False)[2]
+        assert "other machines" in announcement(listener, ServiceSettings(api_keys=("k",)))[-1]
+        assert "no API key" in announcement(listener, ServiceSettings())[-1]
     with pytest.raises(UserError, match="cannot listen"):
         listen("no such host.invalid", 1)
 
@@ -157,12 +162,15 @@ def test_keys_come_from_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Arguments, environment and a file with comments; a file without keys is a mistake, not an open door."""
     monkeypatch.setenv("FATHOM_API_KEYS", "env1 env2")
     file = tmp_path / "keys"
-    file.write_text("# mine\nfile1  # laptop\n\nenv1\n")
-    assert read_keys(["arg"], file) == ("arg", "env1", "env2", "file1")
+    file.write_text("# mine\nfile1#2\n\n  # laptop\nenv1\n")
+    assert read_keys(["arg"], file) == ("arg", "env1", "env2", "file1#2")
+    file.write_text("file1  # laptop\n")
+    with pytest.raises(UserError, match="white space"):
+        read_keys([], file)
     file.write_text("# none\n")
     with pytest.raises(UserError, match="holds no key"):
         read_keys([], file)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\)"):
         read_keys([], tmp_path / "absent")
     with pytest.raises(UserError, match="empty"):
         read_keys([" "], None)

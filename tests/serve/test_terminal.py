@@ -13,7 +13,7 @@ import pytest
 from fathom.data import Tokenizer
 from fathom.errors import UserError
 from fathom.serve.screen import Screen
-from fathom.serve.terminal import ChatSettings, TerminalChat, chat
+from fathom.serve.terminal import ChatSettings, TerminalChat, chat, terminal_lines
 from tests.serve.fake_engine import STALL, FakeEngine
 from tests.serve.templates import LLAMA, with_template
 
@@ -94,6 +94,29 @@ def test_dial_reaches_the_engine(tokenizer: Tokenizer) -> None:
     assert bounds[4].budget == int(0.2 * terminal.engine.requests[4].max_tokens)
 
 
+def test_drawing_reaches_the_engine(tokenizer: Tokenizer) -> None:
+    """/temperature and /seed hold for the questions after them, and a seed can be taken back."""
+    terminal = talk(tokenizer)
+    assert terminal.run("/temperature 1.5", "/seed 7", "a", "/seed off", "b") == 0
+    first, second = (request.sampling for request in terminal.engine.requests)
+    assert (first.temperature, first.seed, first.top_p) == (1.5, 7, 1.0)
+    assert (second.temperature, second.seed) == (1.5, None)
+
+
+@pytest.mark.parametrize(("effort", "share"), [("low", 0.2), ("none", 0)])
+def test_effort_can_be_given_at_the_start(tokenizer: Tokenizer, effort: str, share: float) -> None:
+    """It is the dial as /effort sets it; a model without think tags refuses all but none."""
+    engine = FakeEngine()
+    settings = ChatSettings(effort=effort, top_p=0.9, seed=3)
+    screen = Screen(io.StringIO(), io.StringIO(), interactive=False)
+    TerminalChat(engine, tokenizer, screen, settings).run(iter(["a"]))
+    assert engine.requests[0].thinking.budget == int(share * engine.requests[0].max_tokens)
+    assert (engine.requests[0].sampling.top_p, engine.requests[0].sampling.seed) == (0.9, 3)
+    if effort != "none":
+        with pytest.raises(UserError, match="--effort: this model has no think tags"):
+            TerminalChat(engine, with_template(tokenizer, LLAMA), screen, settings)
+
+
 def test_model_without_tags_refuses_the_dial(tokenizer: Tokenizer) -> None:
     """Each command of the dial says that the model cannot think visibly, and the conversation goes on."""
     terminal = talk(with_template(tokenizer, LLAMA))
@@ -108,6 +131,12 @@ def test_model_without_tags_refuses_the_dial(tokenizer: Tokenizer) -> None:
         ("/thnk on", "did you mean '/think'?"),
         ("/think maybe", "'on' or 'off'"),
         ("/effort hihg", "did you mean 'high'?"),
+        ("/again", "did you mean '/retry'?"),
+        ("/model", "unknown command '/model'; see /help"),
+        ("/temperature hot", "a number from 0 to 2"),
+        ("/temperature 3", "a number from 0 to 2"),
+        ("/temperature nan", "a number from 0 to 2"),
+        ("/seed -1", "a whole number or 'off'"),
         ("/budget -1", "number of tokens"),
         ("/budget ٣", "number of tokens"),
         ("/retry", "nothing has been asked"),
@@ -234,7 +263,38 @@ def test_second_ctrl_c_ends_at_once(tokenizer: Tokenizer) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_at_the_prompt_ends(tokenizer: Tokenizer) -> None:
+class Keyboard:
+    """In place of `input` and readline: plays lines, or presses Ctrl-C behind what has been typed."""
+
+    def __init__(self, *played: str | tuple[str]) -> None:
+        self._played = iter(played)
+        self._typed = ""
+
+    def input(self, prompt: str) -> str:
+        step = next(self._played)
+        if isinstance(step, tuple):
+            (self._typed,) = step
+            raise KeyboardInterrupt
+        return step
+
+    def get_line_buffer(self) -> str:
+        return self._typed
+
+
+def test_ctrl_c_at_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It clears a line, and says on an empty one how to end; only the second on an empty one ends."""
+    keyboard = Keyboard(("half a",), ("",), "question", ("",), ("typed",), ("",), ("",), "never")
+    monkeypatch.setattr("builtins.input", keyboard.input)
+    monkeypatch.setattr("fathom.serve.terminal._line_editor", lambda: keyboard)
+    lines = terminal_lines(interactive=True)
+    assert next(lines) == "question"
+    assert capsys.readouterr().out.count("once more, or Ctrl-D, ends") == 1
+    with pytest.raises(KeyboardInterrupt):
+        next(lines)
+    assert capsys.readouterr().out.count("once more, or Ctrl-D, ends") == 2
+
+
+def test_ctrl_c_in_a_pipe_ends(tokenizer: Tokenizer) -> None:
     """With no answer under way there is nothing else to stop."""
 
     def lines() -> Iterator[str]:

@@ -27,6 +27,7 @@ const scroller = new Scroller(byId("scroll"), byId("latest"));
 const composer = new Composer({
   send: (text) => answer(addNode(current, current.leaf, "user", text)),
   stop,
+  write: (text) => store.saveDraft(current, text),
   change: (changes) => {
     store.saveSettings(changes);
     settings = { ...settings, ...changes };
@@ -48,7 +49,9 @@ async function loadModels() {
     notify(error.message, error.kind === "key" ? ["Enter API key", () => changeSettings("key")] : ["Try again", loadModels]);
   }
   byId("model").replaceChildren(...models.map(({ id }) => el("option", { value: id }, id)));
-  byId("model").hidden = models.length === 0;
+  byId("model").hidden = models.length < 2;
+  byId("only-model").hidden = models.length !== 1;
+  byId("only-model").textContent = models.length === 1 ? models[0].id : "";
   if (model()) byId("model").value = model().id;
   showControls();
 }
@@ -78,6 +81,7 @@ function showConversation(conversation) {
   thread.show(conversation);
   const run = runs.get(conversation.id);
   if (run) rejoin(run);
+  composer.write(store.draft(conversation));
   showControls();
   scroller.toEnd();
 }

@@ -4,7 +4,7 @@ export const EFFORTS = ["minimal", "low", "medium", "high", "max"];
 
 export class Composer {
   /**
-   * @param {object} actions `send(text)`, `stop()`, `change({think, effort})`
+   * @param {object} actions `send(text)`, `stop()`, `change({think, effort})`, `write(text)` with all that stands there
    */
   constructor(actions) {
     this.actions = actions;
@@ -23,7 +23,10 @@ export class Composer {
   }
 
   #listen() {
-    this.text.addEventListener("input", () => this.#update());
+    this.text.addEventListener("input", () => {
+      this.#update();
+      this.actions.write(this.text.value);
+    });
     this.text.addEventListener("keydown", (event) => this.#onKey(event));
     document.getElementById("composer").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -48,9 +51,15 @@ export class Composer {
   #send() {
     const text = this.text.value.trim();
     if (!text || !this.ready) return;
-    this.text.value = "";
-    this.#update();
+    this.write("");
+    this.actions.write("");
     this.actions.send(text);
+  }
+
+  /** Put a draft into the field. */
+  write(text) {
+    this.text.value = text;
+    this.#update();
   }
 
   /** What the settings and the model make of the controls. `model` is null until one is known. */

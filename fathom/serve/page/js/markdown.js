@@ -11,7 +11,7 @@ import hljs from "../vendor/highlight.js";
 import { el, iconButton, copy, scrollsSideways } from "./dom.js";
 import { mathElement, mathTokens } from "./math.js";
 
-const md = markdownit({ html: false, linkify: true, breaks: false, maxNesting: 40 }).use(mathTokens);
+const md = markdownit({ html: false, linkify: true, maxNesting: 40 }).use(mathTokens);
 md.validateLink = (url) => safeUrl(url) !== null;
 md.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 
@@ -81,9 +81,8 @@ function leaf(token, highlight) {
     case "image":
       return picture(token);
     case "hardbreak":
+    case "softbreak": // models end a line where they mean it to end
       return el("br");
-    case "softbreak":
-      return document.createTextNode("\n");
     case "hr":
       return el("hr");
     default:

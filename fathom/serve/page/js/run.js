@@ -3,6 +3,7 @@
 import { ChatError, ask } from "./api.js";
 import { path } from "./store.js";
 
+const TEMPERATURE = 0.6; // unless set: for a conversation the API's own 1.0 is too much for small models
 const SAVE_EVERY = 2000; // ms
 
 export class Run {
@@ -100,7 +101,7 @@ export function requestFor(conversation, node, model, settings) {
   }
   if (settings.system.trim()) messages.unshift({ role: "system", content: settings.system });
   const request = { model: model.id, messages };
-  if (settings.temperature !== "") request.temperature = Number(settings.temperature);
+  request.temperature = settings.temperature === "" ? TEMPERATURE : Number(settings.temperature);
   if (settings.maxTokens !== "") request.max_tokens = Number(settings.maxTokens);
   if (model.thinking) {
     request.thinking = { type: settings.think ? "enabled" : "disabled" };

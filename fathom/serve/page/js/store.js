@@ -8,6 +8,8 @@
 
 const INDEX = "fathom.index";
 const PREFIX = "fathom.conversation.";
+const DRAFT = "fathom.draft.";
+const UNSENT = "new"; // stands for a conversation that has no message yet
 const SETTINGS = "fathom.settings";
 const KEY = "fathom.key";
 
@@ -93,7 +95,19 @@ export class Store {
   remove(id) {
     this.#opened.delete(id);
     localStorage.removeItem(PREFIX + id);
+    localStorage.removeItem(DRAFT + id);
     this.#write(INDEX, this.list().filter((entry) => entry.id !== id));
+  }
+
+  /** What has been written for a conversation and not been sent. */
+  draft(conversation) {
+    const text = read(draftKey(conversation));
+    return typeof text === "string" ? text : "";
+  }
+
+  saveDraft(conversation, text) {
+    if (text) this.#write(draftKey(conversation), text);
+    else localStorage.removeItem(draftKey(conversation));
   }
 
   settings() {
@@ -112,6 +126,10 @@ export class Store {
       this.#onFull();
     }
   }
+}
+
+function draftKey({ id, leaf }) {
+  return DRAFT + (leaf === null ? UNSENT : id);
 }
 
 /** The API key lives as long as the tab, and is in no export. */
