@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 
 import pytest
 import torch
