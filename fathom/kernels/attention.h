@@ -101,7 +101,7 @@ void attend(const T* q, const T* keys, const T* values, long key_page, long valu
             f32v added = splat(0);
             for (long t = 0; t < count; t += LANES) {
                 f32v score = load(scores[h] + t);
-                f32v p = score > splat(-INFINITY) ? exp_negative(score - largest[h]) : splat(0);
+                f32v p = score == splat(-INFINITY) ? splat(0) : exp_negative(score - largest[h]);
                 store(scores[h] + t, p);
                 added += p;
             }

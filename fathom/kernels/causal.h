@@ -195,7 +195,7 @@ void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float*
                             for (int half = 0; half < 2; half++) {
                                 long key = p * PANEL + half * LANES;
                                 f32v away = score[c][half] * scale - log_sum[c];
-                                f32v weight = only_visible(exp_negative(away < 0.0f ? away : splat(0)), key, past + t + c + 1, 0);
+                                f32v weight = only_visible(exp_negative(away > 0.0f ? splat(0) : away), key, past + t + c + 1, 0);
                                 store(weights + (row + c) * filled + key, weight);
                                 store(d_scores + (row + c) * filled + key, weight * (d_weight[c][half] - delta[c]));
                             }

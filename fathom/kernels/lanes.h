@@ -101,7 +101,7 @@ inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
 
 // e^x for x <= 0, within 2 units in the last place of float32: 2^n with a polynomial for what is left of the exponent.
 inline f32v exp_negative(f32v x) {
-    x = max(x, splat(-87.0f));
+    x = x < -87.0f ? splat(-87.0f) : x;  // what is no number stays none
     f32v scaled = x * 1.44269504f;
     f32v shifted = scaled + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
     f32v whole = shifted - 12582912.0f;

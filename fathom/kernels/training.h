@@ -72,9 +72,8 @@ inline void pack_rows(const T* w, uint32_t* panels, long N, long K) {
                     else for (long j = k; j < K; j++) to[j] = narrow(to_float(row[j]));
                 }
         }
-        for (long k = 0; k < K / 2; k += LANES / 2)
-            for (long j = k; j < std::min(k + LANES / 2, K / 2); j++)
-                for (long i = 0; i < PANEL; i++) panels[j * PANEL + i] = rounded[i * K / 2 + j];
+        for (long j = 0; j < K / 2; j++)
+            for (long i = 0; i < PANEL; i++) panels[j * PANEL + i] = rounded[i * K / 2 + j];
     }
 }
 

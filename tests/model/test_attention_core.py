@@ -81,6 +81,18 @@ def test_a_query_does_not_depend_on_the_others():
             assert torch.equal(whole[:, :, -count:], causal_attention(q[:, :, -count:], k, v, SCALE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_no_number_is_not_hidden(which, bad, dtype):
+    """A query or key that is not finite makes the outputs that read it NaN: training must see that it diverges."""
+    inputs = [x.detach() for x in make_inputs(1, 2, 2, 40, dtype)]
+    inputs[which][0, 1, 20] = bad
+    out = causal_attention(*inputs, SCALE)
+    assert out[0, 1, 20].isnan().all()
+    assert out[0, 0].isfinite().all()
+
+
 def test_two_runs_are_bitwise_equal():
     """The same input gives the same bits, forward and backward."""
     inputs = make_inputs(2, 6, 6, 257, torch.bfloat16)
