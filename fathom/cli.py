@@ -8,21 +8,17 @@ import argparse
 import contextlib
 import io
 import logging
-import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import fathom
 from fathom.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from fathom.serve.settings import ServiceSettings
+from fathom.options import add_model, open_for_text, open_model, positive, say_opening
+from fathom.serve.command import add_service, serve
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,12 +210,12 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("path", type=Path, help="a folder that 'fathom data build' wrote")
 
     run = verb("load", _load, "open a model and say what it is")
-    _add_model(run)
+    add_model(run)
 
     run = verb("generate", _generate, "continue a prompt: prints what the model adds, without the prompt")
-    _add_model(run)
+    add_model(run)
     run.add_argument("prompt", help="text to continue; '-' reads standard input")
-    run.add_argument("--max-tokens", type=_positive, default=128, help="longest continuation (128)")
+    run.add_argument("--max-tokens", type=positive, default=128, help="longest continuation (128)")
     run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
     run.add_argument("--top-p", type=float, default=0.95, help="nucleus to draw from (0.95)")
     run.add_argument("--top-k", type=int, default=0, help="draw from this many most likely tokens (all)")
@@ -227,7 +223,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
     run = verb("chat", _chat, "talk to a model in the terminal")
-    _add_model(run)
+    add_model(run)
     run.add_argument("--system", default="", help="what to tell the model before everything else")
     run.add_argument("--temperature", type=float, default=0.6, help="0 takes the most likely token (0.6)")
     run.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (1.0)")
@@ -235,14 +231,14 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument(
         "--effort", help="how long to think: none, minimal, low, medium, high, xhigh, max (the model's way)"
     )
-    run.add_argument("--max-tokens", type=_positive, help="longest answer, thoughts included (what the context leaves)")
+    run.add_argument("--max-tokens", type=positive, help="longest answer, thoughts included (what the context leaves)")
 
-    run = verb("serve", _serve, "answer over HTTP: OpenAI's API and a chat page")
-    _add_model(run)
-    _add_service(run)
+    run = verb("serve", serve, "answer over HTTP: OpenAI's API and a chat page")
+    add_model(run)
+    add_service(run)
 
     run = verb("export", _export, "write a model as a folder for other programs")
-    _add_model(run, default_dtype="the dtype they are stored in")
+    add_model(run, default_dtype="the dtype they are stored in")
     run.add_argument("out", type=Path, help="folder to write")
     run.add_argument("--without-mtp", action="store_true", help="leave the multi-token-prediction modules out")
     for added in verbs.choices.values():
@@ -264,77 +260,6 @@ def _sections() -> str:
         "'fathom pretrain RECIPE --dry-run' lists every field with its value and a sentence about it. Sections: "
         f"{', '.join(sections)}; and --name, --seed. Presets for --model.preset: {', '.join(PRESETS)}."
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
-
-
-def _add_model(parser: argparse.ArgumentParser, *, default_dtype: str = "the machine's best") -> None:
-    parser.add_argument("model", help="a model folder, a run, a .gguf file, or a hub name")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"dtype of the weights ({default_dtype})")
-
-
-def _add_service(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; the default is reachable from this machine alone")
-    add("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one (8000)")
-    add("--api-key", action="append", default=[], help="a key that clients must send; can be repeated; 'ps' shows it")
-    add("--api-key-file", type=Path, help="file with such keys, one a line; FATHOM_API_KEYS holds more")
-    add("--served-model-name", action="append", help="name for requests to give, can be repeated (the model's own)")
-    add("--temperature", type=_between(0, 2), help="for requests that give none (the model's, else 1.0)")
-    add("--top-p", type=_between(0, 1, open=True), help="for requests that give none (the model's, else 1.0)")
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        help="origin whose web pages may ask, can be repeated; '*' is all",
-    )
-    add("--max-context", type=_positive, help="longest prompt and answer together, in tokens (the model's)")
-    add("--cache-memory", type=_gigabytes, help="gigabytes for the KV cache (1.07)")
-    add("--max-running", type=_positive, help="requests computed at once (256)")
-    add("--queue", type=_positive, help="requests that may wait; more get a 503 (1024)")
-    add("--weights", choices=["int8", "fp8"], help="round weights for speed; the text changes slightly (as loaded)")
-    add("--rate", type=_positive, help="requests a minute for each key; more get a 429 (no bound)")
-    add("--concurrency", type=_positive, help="requests at once for each key; more get a 429 (no bound)")
-    add("--log-requests", action="store_true", help="a line for each request on standard error; no texts, no keys")
-    add("--max-body", type=_positive, default=8, help="megabytes of the longest request (8)")
-    add("--drain", type=_positive, default=30, help="seconds that running answers may take after SIGTERM (30)")
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
-    return int(text)
-
-
-def _between(least: float, most: float, *, open: bool = False) -> Callable[[str], float]:
-    """Reads a number from `least` (`open`: above it) to `most`."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or (open and value == least):
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not a number {'above' if open else 'from'} {least} to {most}"
-            )
-        return value
-
-    return read
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of gigabytes above 0")
-    return value
 
 
 def _version() -> str:
@@ -393,7 +318,7 @@ def _load(options: argparse.Namespace) -> int:
     from fathom.report.describe import describe
     from fathom.report.tables import print_rows
 
-    model, tokenizer = _open(options)
+    model, tokenizer = open_model(options)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     print_rows(options.model, [*describe(model.config, tokenizer), ("weights held in", dtype)])
     return 0
@@ -407,10 +332,10 @@ def _generate(options: argparse.Namespace) -> int:
     )
     prompt = _prompt(options.prompt)
     tell = sys.stderr.isatty()
-    _say_opening(options, tell=tell)
+    say_opening(options, tell=tell)
     from fathom.engine.generate import generate
 
-    model, tokenizer = _open_for_text(options, tell=tell)
+    model, tokenizer = open_for_text(options, tell=tell)
     for piece in generate(
         model, tokenizer, prompt, max_tokens=options.max_tokens, sampling=sampling, chat=options.chat
     ):
@@ -424,74 +349,16 @@ def _chat(options: argparse.Namespace) -> int:
 
     tell = sys.stderr.isatty()
     with keyboard_kept():
-        _say_opening(options, tell=tell)
+        say_opening(options, tell=tell)
         from fathom.engine.engine import Engine, EngineSettings
         from fathom.serve.terminal import ChatSettings, chat
 
         names = ("system", "temperature", "top_p", "seed", "max_tokens", "effort")
         settings = ChatSettings.parse({name: getattr(options, name) for name in names}, where="chat")
-        model, tokenizer = _open_for_text(options, tell=tell)
+        model, tokenizer = open_for_text(options, tell=tell)
         engine = Engine(model, tokenizer, EngineSettings())
     with engine:
         return chat(engine, tokenizer, settings)
-
-
-def _serve(options: argparse.Namespace) -> int:
-    try:
-        from fathom.serve.server import announcement, check_origins, listen, read_keys, run, served_hosts
-    except ModuleNotFoundError as error:
-        raise UserError(f"serve needs the package {error.name}: pip install 'fathom-lm[serve]'") from None
-    from fathom.serve.machine import check_cache_memory
-    from fathom.serve.settings import ServiceSettings
-
-    if options.cache_memory is not None:
-        check_cache_memory(options.cache_memory)
-    settings = ServiceSettings(
-        names=tuple(options.served_model_name or [_served_name(options.model)]),
-        api_keys=read_keys(options.api_key, options.api_key_file),
-        allow_origins=check_origins(options.allow_origin),
-        log_requests=options.log_requests,
-        requests_per_minute=options.rate,
-        concurrent_requests=options.concurrency,
-        max_body_bytes=options.max_body * 10**6,
-        drain_seconds=options.drain,
-    )
-    # The address first: that it is taken should not be learnt after minutes of loading.
-    with listen(options.host, options.port) as listener:
-        hosts = served_hosts(listener, options.host, settings.allow_origins)
-        app = _service(options, settings.replace(hosts=hosts))
-        for line in announcement(listener, app.state.service.settings):
-            print(f"fathom: {line}", file=sys.stderr)
-        run(app, listener)
-    return 0
-
-
-def _service(options: argparse.Namespace, settings: "ServiceSettings") -> "FastAPI":
-    """The application over the model that the command line names."""
-    _say_opening(options, tell=True)
-    from fathom.engine.engine import Engine, EngineSettings
-    from fathom.serve.app import create_app
-    from fathom.serve.defaults import default_sampling
-    from fathom.train.run import model_folder
-
-    model, tokenizer = _open_for_text(options, tell=True)
-    sampling = default_sampling(model_folder(options.model), temperature=options.temperature, top_p=options.top_p)
-    sizes = {
-        "context": options.max_context,
-        "cache_memory": None if options.cache_memory is None else int(options.cache_memory * 1e9),
-        "max_running": options.max_running,
-        "queue": options.queue,
-        "weights": options.weights,
-    }
-    given = {name: value for name, value in sizes.items() if value is not None}
-    engine = Engine(model, tokenizer, EngineSettings.parse(given, where="serve"))
-    return create_app(engine, tokenizer, settings.replace(sampling=sampling))
-
-
-def _served_name(model: str) -> str:
-    """What requests call a model by: the folder's or file's name, or all of a hub name."""
-    path = Path(model)
-    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
 
 
 def _prompt(word: str) -> str:
@@ -516,34 +383,6 @@ def _export(options: argparse.Namespace) -> int:
     save_model(model, options.out, tokenizer=tokenizer, dtype=dtype)
     print(f"wrote {options.out} ({dtype})")
     return 0
-
-
-def _open(options: argparse.Namespace):
-    """The model and tokenizer named on the command line, in this machine's fastest dtype unless one is given."""
-    from fathom.train.machine import has_bf16
-
-    dtype = options.dtype or ("bfloat16" if has_bf16() else "float32")
-    return fathom.load(options.model, dtype=dtype)
-
-
-def _say_opening(options: argparse.Namespace, *, tell: bool) -> None:
-    """To be called before the first heavy import, for that is part of what a person waits for."""
-    if tell:
-        print(f"fathom: opening {options.model} …", file=sys.stderr, flush=True)
-
-
-def _open_for_text(options: argparse.Namespace, *, tell: bool):
-    """As `_open`, for what cannot do without a tokenizer; `tell` says on standard error what was opened."""
-    model, tokenizer = _open(options)
-    if tokenizer is None:
-        raise UserError(f"{options.model}: the folder has no tokenizer.json, so text cannot be read or written")
-    if tell:
-        from fathom.serve.prompt import Prompter
-
-        thinks = "thinks visibly" if Prompter(tokenizer).thinks else "no visible thoughts"
-        context = getattr(options, "max_context", None) or model.config.max_position_embeddings
-        print(f"fathom: {options.model}: context of {context:,} tokens, {thinks}", file=sys.stderr)
-    return model, tokenizer
 
 
 def _stored_dtype(source: Path) -> str:

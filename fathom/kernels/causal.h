@@ -107,11 +107,8 @@ void causal_forward(Heads q, Heads k, Heads v, Heads o, float* log_sums, CausalS
                 }
                 for (long p = 0; p * PANEL < s.V; p++) {
                     multiply<C>(rows, (const bf16*)value_panels + p * PANEL * round_up(keys, 2), round_up(seen, 2), out);
-                    for (int c = 0; c < C; c++)
-                        for (int half = 0; half < 2; half++) {
-                            long n = p * PANEL + half * LANES;
-                            if (n < s.V) put(o.row(b, h, t + c) + n, out[c][half] * total[c], s.V - n);
-                        }
+                    for (int c = 0; c < C; c++) out[c][0] *= total[c], out[c][1] *= total[c];
+                    put_tile<C>(out, p, s.V, [&](int c) { return o.row(b, h, t + c); });
                 }
             });
     }
@@ -202,11 +199,8 @@ void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float*
                     }
                     for (long p = 0; p * PANEL < s.D; p++) {
                         multiply<C>(rows, (const bf16*)key_pairs + p * PANEL * round_up(s.S, 2), round_up(seen, 2), score);
-                        for (int c = 0; c < C; c++)
-                            for (int half = 0; half < 2; half++) {
-                                long n = p * PANEL + half * LANES;
-                                if (n < s.D) put(dq.row(b, h, t + c) + n, score[c][half] * scale, s.D - n);
-                            }
+                        for (int c = 0; c < C; c++) score[c][0] *= scale, score[c][1] *= scale;
+                        put_tile<C>(score, p, s.D, [&](int c) { return dq.row(b, h, t + c); });
                     }
                 });
                 long half = (count + 1) / 2;

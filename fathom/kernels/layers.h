@@ -61,11 +61,7 @@ void heads_linear(const T* x, long ldx, Weights w, T* y, long tokens, long heads
             constexpr int C = decltype(count)::value;
             f32v out[C][2];
             matrix.template panel<C>(rows[h], m, p, out);
-            for (int c = 0; c < C; c++)
-                for (int half = 0; half < 2; half++) {
-                    long n = p * PANEL + half * LANES;
-                    put(y + ((m + c) * heads + h) * N + n, out[c][half], N - n);
-                }
+            put_tile<C>(out, p, N, [&](int c) { return y + ((m + c) * heads + h) * N; });
         });
     }
 }

@@ -30,6 +30,16 @@ inline void put(T* y, f32v v, long count) {  // the first `count` lanes
     for (long i = 0; i < count; i++) assign(y[i], v[i]);
 }
 
+// Panel p of C rows of N outputs to where row(c) says that they begin.
+template <int C, typename Row>
+inline void put_tile(const f32v out[C][2], long p, long N, Row&& row) {
+    for (int c = 0; c < C; c++)
+        for (int half = 0; half < 2; half++) {
+            long n = p * PANEL + half * LANES;
+            put(row(c) + n, out[c][half], N - n);
+        }
+}
+
 // y[m, n] = x[m] . w[n] + bias[n]
 template <typename Weights, typename T, typename Out>
 void linear(const typename Weights::Rows& x, Weights w, const T* bias, Out* y, long M, long N) {
@@ -116,11 +126,7 @@ void experts(const T* x, const int32_t* order, const int32_t* ends, const float*
                     constexpr int C = decltype(tile)::value;
                     f32v out[C][2];
                     ready.template panel<C>(rows, m, p, out);
-                    for (int c = 0; c < C; c++)
-                        for (int half = 0; half < 2; half++) {
-                            long n = p * PANEL + half * LANES;
-                            put(parts + order[first + m + c] * D + n, out[c][half], D - n);
-                        }
+                    put_tile<C>(out, p, D, [&](int c) { return parts + order[first + m + c] * D; });
                 });
             }
         }

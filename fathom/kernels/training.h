@@ -124,11 +124,7 @@ void grouped(Source x, const int32_t* ends, long E, const T* w, long N, long K, 
                     constexpr int C = decltype(tile)::value;
                     f32v out[C][2];
                     matrix.template panel<C>(block, m, p, out);
-                    for (int c = 0; c < C; c++)
-                        for (int half = 0; half < 2; half++) {
-                            long n = p * PANEL + half * LANES;
-                            if (n < outputs) put(y + (m0 + m + c) * outputs + n, out[c][half], outputs - n);
-                        }
+                    put_tile<C>(out, p, outputs, [&](int c) { return y + (m0 + m + c) * outputs; });
                 });
         }
     }
