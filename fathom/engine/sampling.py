@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fathom.engine.protocol import Sampling, TokenLogprob
 from fathom.errors import UserError
+from fathom.kernels import ops as kernels
 
 Purpose = Literal["token", "draft", "accept", "residual"]
 Masks = Sequence[Tensor | None] | None
@@ -124,7 +125,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState], masks: Masks = None) 
         if kind == "greedy":
             drawn = _argmax(part)
         elif kind == "plain":
-            drawn = draw(_softmax(part, chosen), _uniforms(chosen, part.device))
+            drawn = _draw_plain(part, chosen)
         else:
             drawn = _draw_filtered(_softmax(part, chosen), chosen)
         ids[torch.tensor(rows, device=ids.device)] = drawn
@@ -194,15 +195,15 @@ def speculate(
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> list[TokenLogprob]:
-    """logits [R, V] as the model gave them and ids [R] -> each one's log-probability with the `top` likeliest others.
+    """Each token's log-probability with the `top` likeliest others; logits [R, V] float32 as the model gave them, ids [R].
 
     At temperature 1, before bias, penalties, masks and filters. The alternatives are in descending order and hold the
     token itself where it is among them.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(top, logits.shape[1]), dim=-1)
-    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    total = kernels.log_sum_exp(logits) if kernels.usable(logits) else logits.double().logsumexp(dim=-1)
+    own = (logits.gather(1, ids[:, None])[:, 0] - total).tolist()
+    best = logits.topk(min(top, logits.shape[1]), dim=-1)
+    alternatives = zip(best.indices.tolist(), (best.values - total[:, None]).tolist(), strict=True)
     return [
         TokenLogprob(token, logprob, list(zip(tokens, values, strict=True)))
         for token, logprob, (tokens, values) in zip(ids.tolist(), own, alternatives, strict=True)
@@ -279,6 +280,15 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _normalised(values: Tensor) -> Tensor:
     # A running sum, because `sum` over one long row may be split among threads, and then depends on R.
     return (values / values.double().cumsum(-1)[:, -1:]).float()
+
+
+def _draw_plain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """logits [R, V] -> ids [R] by the softmax at each row's temperature."""
+    uniforms = _uniforms(states, logits.device)
+    if not kernels.usable(logits):
+        return draw(_softmax(logits, states), uniforms)
+    temperatures = torch.tensor([state.sampling.temperature for state in states], dtype=torch.float64)
+    return kernels.draw_rows(logits, temperatures, uniforms)
 
 
 def _draw_filtered(dense: Tensor, states: Sequence[SamplerState]) -> Tensor:

@@ -30,6 +30,7 @@
 // Attention reads pages of PAGE tokens, so that requests can share them.
 
 #include "causal.h"
+#include "drawing.h"
 #include "layers.h"
 
 extern "C" {
@@ -98,6 +99,14 @@ void fathom_heads_linear_f32(const float* x, long head_stride, const float* w, f
                               long heads, long half, int interleaved) {                                                   \
         rotate(x, ldx, head_stride, cos, sin, y, M, heads, half, interleaved != 0);                                       \
     }
+
+void fathom_draw_rows(const float* logits, const float* inverse, const double* uniforms, float* sums, int64_t* ids, long R,
+                      long V) {
+    draw_rows(logits, inverse, uniforms, sums, ids, R, V);
+}
+void fathom_log_sum_exp(const float* logits, float* sums, double* log_sums, long R, long V) {
+    log_sum_exp(logits, sums, log_sums, R, V);
+}
 
 void fathom_grouped_f32(const bf16* x, const int32_t* at, const int32_t* ends, long E, const float* w, long N, long K,
                         int columns, bf16* y) {

@@ -16,6 +16,7 @@ from fathom.kernels.panels import Packed
 
 PAGE = 64
 """Tokens in a page of the cache."""
+_DRAWN_TOGETHER = 64  # as in drawing.h
 
 _ARGUMENTS = {
     "linear": [c_void_p, c_long, *[c_void_p] * 4, *[c_long] * 3],
@@ -28,6 +29,8 @@ _ARGUMENTS = {
     "write_pages": [c_void_p, c_long, *[c_void_p] * 2, *[c_long] * 3],
     "release_threads": [],
     "dense_layers": [*[c_void_p] * 7, *[c_long] * 8, c_float, c_float],
+    "draw_rows": [*[c_void_p] * 5, c_long, c_long],
+    "log_sum_exp": [*[c_void_p] * 3, c_long, c_long],
     "rotate": [c_void_p, *[c_long] * 2, *[c_void_p] * 3, *[c_long] * 3, c_int],
     "grouped": [*[c_void_p] * 3, c_long, c_void_p, *[c_long] * 2, c_int, c_void_p],
     "weight_gradient": [*[c_void_p] * 5, c_long, c_void_p, *[c_long] * 2],
@@ -219,3 +222,28 @@ def dense_layers(
         shape.inner, tables.shape[1], shape.scale, shape.eps,
     )  # fmt: skip
     return x
+
+
+def draw_rows(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+    """logits [R, V] float32, temperatures [R] and uniforms [R] float64 in [0, 1) -> ids [R] int64.
+
+    Each is drawn by its row's softmax at its temperature, by inverting the distribution function.
+    """
+    logits, sums = logits.contiguous(), _room_for_sums(logits)
+    ids, inverse = torch.empty(len(logits), dtype=torch.int64), (1 / temperatures).float()
+    kernel("draw_rows")(
+        logits.data_ptr(), inverse.data_ptr(), uniforms.data_ptr(), sums.data_ptr(), ids.data_ptr(), *logits.shape
+    )
+    return ids
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """logits [R, V] float32 -> log Σ e^logits [R] float64: large ones must not cancel what is taken from them."""
+    logits, sums = logits.contiguous(), _room_for_sums(logits)
+    result = torch.empty(len(logits), dtype=torch.float64)
+    kernel("log_sum_exp")(logits.data_ptr(), sums.data_ptr(), result.data_ptr(), *logits.shape)
+    return result
+
+
+def _room_for_sums(logits: Tensor) -> Tensor:
+    return torch.empty(len(logits), -(-logits.shape[1] // _DRAWN_TOGETHER))
