@@ -195,7 +195,7 @@ def speculate(
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> list[TokenLogprob]:
-    """Each token's log-probability with the `top` likeliest others; logits [R, V] float32 as the model gave them, ids [R].
+    """Log-probability of each of ids [R] with the `top` likeliest others; logits [R, V] float32 as the model gave them.
 
     At temperature 1, before bias, penalties, masks and filters. The alternatives are in descending order and hold the
     token itself where it is among them.

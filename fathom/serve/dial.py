@@ -7,14 +7,15 @@
 | `min_thinking_budget` | thoughts do not end before this many |
 | `reasoning_effort` | `none` is off; else a budget as a share of the longest output: `minimal` 0.1, `low` 0.2, `medium` 0.5, `high` 0.8, `xhigh` 0.95, `max` no bound |
 
-An explicit budget goes before that of an effort. With none of these the template's own default holds.
+An explicit budget goes before that of an effort. With none of these the template's own default holds. Plain
+completions, whose prompt is the client's, have the two budgets alone.
 """  # noqa: E501
 
 from dataclasses import dataclass
 
 from fathom.engine.protocol import Thinking
 from fathom.serve.errors import ApiError
-from fathom.serve.schema import ChatForm
+from fathom.serve.schema import ChatForm, CompletionForm, SamplingForm
 
 EFFORT_SHARES: dict[str, float | None] = {
     "minimal": 0.1,
@@ -58,10 +59,7 @@ class Dial:
 
 def read_dial(form: ChatForm, *, thinks: bool) -> Dial:
     """The dial of a request. Raises `ApiError` for contradictions, and for thoughts of a model that has none."""
-    budgets = {value for value in (form.thinking_budget, form.thinking_token_budget) if value is not None}
-    if len(budgets) > 1:
-        raise _refusal("thinking_budget", "it and thinking_token_budget contradict each other; give one")
-    budget = next(iter(budgets), None)
+    budget = _budget(form)
     minimum = form.min_thinking_budget or 0
     said = {name: on for name, on in _switches(form, budget, minimum).items() if on is not None}
     if len(set(said.values())) > 1:
@@ -73,6 +71,18 @@ def read_dial(form: ChatForm, *, thinks: bool) -> Dial:
         raise _refusal(next(iter(said)), message)
     # An off switch that nothing can be meant by needs no bounds either.
     return Dial(wanted if thinks else None, budget if thinks else None, form.reasoning_effort, minimum)
+
+
+def completion_bounds(form: CompletionForm, max_tokens: int) -> Thinking | None:
+    """Bounds on the thoughts of a plain completion; None where nothing was asked for. Raises `ApiError`."""
+    return Dial(None, _budget(form), None, form.min_thinking_budget or 0).bounds(max_tokens)
+
+
+def _budget(form: SamplingForm) -> int | None:
+    budgets = {value for value in (form.thinking_budget, form.thinking_token_budget) if value is not None}
+    if len(budgets) > 1:
+        raise _refusal("thinking_budget", "it and thinking_token_budget contradict each other; give one")
+    return next(iter(budgets), None)
 
 
 def _switches(form: ChatForm, budget: int | None, minimum: int) -> dict[str, bool | None]:

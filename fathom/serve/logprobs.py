@@ -14,8 +14,10 @@ _LOWEST = -9999.0
 class TokenSpelling:
     """How tokens are shown."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
+        """`as_ids`: log-probabilities name tokens `token_id:17`, as vLLM has it."""
         self._pieces = tokenizer.pieces
+        self._as_ids = as_ids
 
     def bytes(self, token: int) -> bytes:
         """The bytes that `token` adds to a text; none for ids beyond the vocabulary."""
@@ -37,18 +39,21 @@ class TokenSpelling:
 
     def completion(self, logprobs: Sequence[TokenLogprob], *, offset: int) -> dict[str, Any]:
         """The parallel lists, for tokens whose text begins at character `offset`."""
-        texts = [self.text(drawn.token_id) for drawn in logprobs]
-        offsets = [*itertools.accumulate(map(len, texts), initial=offset)][:-1]
-        tops = [{self.text(token): _finite(value) for token, value in drawn.top} for drawn in logprobs]
+        lengths = [len(self.text(drawn.token_id)) for drawn in logprobs]
+        offsets = [*itertools.accumulate(lengths, initial=offset)][:-1]
+        tops = [{self._name(token): _finite(value) for token, value in drawn.top} for drawn in logprobs]
         return {
-            "tokens": texts,
+            "tokens": [self._name(drawn.token_id) for drawn in logprobs],
             "token_logprobs": [_finite(drawn.logprob) for drawn in logprobs],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.text(token), "logprob": _finite(logprob), "bytes": list(self.bytes(token))}
+        return {"token": self._name(token), "logprob": _finite(logprob), "bytes": list(self.bytes(token))}
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self.text(token)
 
 
 def _finite(logprob: float) -> float:

@@ -89,6 +89,7 @@ class _ChatChoice:
     text: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"content": [], "reasoning_content": []})
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
     def deltas(self, chunk: Chunk) -> list[dict[str, Any]]:
@@ -125,7 +126,10 @@ class _ChatChoice:
 
 
 class ChatReply:
-    """Answers of /v1/chat/completions. Thoughts come before the answer, as `reasoning_content`."""
+    """Answers of /v1/chat/completions. Thoughts come before the answer, as `reasoning_content`.
+
+    With `prompt_ids`, these and the ids of all tokens drawn are told as well.
+    """
 
     def __init__(
         self,
@@ -136,6 +140,7 @@ class ChatReply:
         keep: int,
         readers: Sequence[ToolReader | None],
         with_usage: bool,
+        prompt_ids: Sequence[int] | None = None,
     ) -> None:
         kinds = ("chat.completion", "chat.completion.chunk")
         self._envelope = _Envelope("chatcmpl", *kinds, model, samples=samples, with_usage=with_usage)
@@ -143,6 +148,8 @@ class ChatReply:
         self._choices = [_ChatChoice(reader) for reader in readers]
         self._spelling = spelling
         self._keep = keep
+        self._prompt_ids = None if prompt_ids is None else {"prompt_token_ids": list(prompt_ids)}
+        self._prompt_told = False
         self.usage_event = self._envelope.usage_event
 
     def feed(self, place: int, chunk: Chunk) -> list[dict[str, Any]]:
@@ -153,21 +160,34 @@ class ChatReply:
         if not choice.begun:
             choice.begun = True
             deltas.insert(0, {"role": "assistant", "content": ""})
-        logprobs = None
+        about = self._tokens(choice, chunk)
+        if about:
+            deltas = deltas or [{}]
+        choices = [{"index": place, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        if about:
+            choices[-1] |= about
+        if chunk.finish_reason is not None:
+            reason = _REASONS[chunk.finish_reason]
+            choice.finish_reason = "tool_calls" if choice.calls and reason == "stop" else reason
+            choices.append({"index": place, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason})
+        events = [self._envelope.event(choice) for choice in choices]
+        if self._prompt_ids and not self._prompt_told:
+            self._prompt_told = True
+            events[0] |= self._prompt_ids
+        return events
+
+    def _tokens(self, choice: _ChatChoice, chunk: Chunk) -> dict[str, Any]:
+        """What is told of the tokens of `chunk`, as far as it was asked for."""
+        about: dict[str, Any] = {}
         if chunk.logprobs:
             entries = self._spelling.chat(chunk.logprobs)
             part = "reasoning_content" if chunk.part == "thinking" else "content"
             choice.logprobs[part] += entries
-            logprobs = {"content": [], part: entries}
-            deltas = deltas or [{}]
-        events = [{"index": place, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
-        if logprobs:
-            events[-1]["logprobs"] = logprobs
-        if chunk.finish_reason is not None:
-            reason = _REASONS[chunk.finish_reason]
-            choice.finish_reason = "tool_calls" if choice.calls and reason == "stop" else reason
-            events.append({"index": place, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason})
-        return [self._envelope.event(event) for event in events]
+            about["logprobs"] = {"content": [], part: entries}
+        if self._prompt_ids and chunk.token_ids:
+            choice.token_ids += chunk.token_ids
+            about["token_ids"] = chunk.token_ids
+        return about
 
     def result(self) -> dict[str, Any]:
         """See `Reply`."""
@@ -176,13 +196,14 @@ class ChatReply:
                 "message": choice.message(),
                 "logprobs": choice.logprobs if any(choice.logprobs.values()) else None,
                 "finish_reason": choice.finish_reason,
+                **({"token_ids": choice.token_ids} if self._prompt_ids else {}),
             }
             for choice in self._choices
         ]
         if self._keep < len(choices):
             ranked = best(["".join(choice.text) for choice in self._choices], self._keep)
             choices = [{**choices[place], "votes": votes} for place, votes in ranked]
-        return self._envelope.result(choices)
+        return {**self._envelope.result(choices), **(self._prompt_ids or {})}
 
 
 @dataclass
@@ -192,13 +213,32 @@ class _CompletionChoice:
     text: list[str] = field(default_factory=list)
     length: int = 0
     logprobs: dict[str, list[Any]] | None = None
+    prompt_ids: Sequence[int] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    prompt_told: bool = False
     finish_reason: str | None = None
+
+    def ids(self) -> dict[str, list[int]]:
+        """The tokens drawn, and those of the prompt, if they are to be told."""
+        if self.prompt_ids is None:
+            return {}
+        return {"prompt_token_ids": list(self.prompt_ids), "token_ids": self.token_ids}
+
+    def ids_since(self, token_ids: list[int]) -> dict[str, list[int]]:
+        """The same for an event of a stream that brings `token_ids`: the prompt's come with the first."""
+        if self.prompt_ids is None:
+            return {}
+        self.token_ids += token_ids
+        prompt = {} if self.prompt_told else {"prompt_token_ids": list(self.prompt_ids)}
+        self.prompt_told = True
+        return {**prompt, "token_ids": token_ids}
 
 
 class CompletionReply:
     """Answers of /v1/completions, which know no parts: thoughts stand in the text, between the model's own tags.
 
-    For each prompt, `echoes` has what is repeated of it, and `inside` whether it ends inside an open think tag.
+    For each prompt, `echoes` has what is repeated of it, and `inside` whether it ends inside an open think tag. With
+    `prompt_ids`, these and the ids of all tokens drawn are told as well.
     """
 
     def __init__(
@@ -212,12 +252,15 @@ class CompletionReply:
         samples: int,
         keep: int,
         with_usage: bool,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._envelope = _Envelope(
             "cmpl", "text_completion", "text_completion", model, samples=samples, with_usage=with_usage
         )
-        starts = zip(echoes, inside, strict=True)
-        self._choices = [_CompletionChoice(echo, thinking) for echo, thinking in starts for _ in range(samples)]
+        starts = zip(echoes, inside, prompt_ids or [None] * len(echoes), strict=True)
+        self._choices = [
+            _CompletionChoice(echo, thinking, prompt_ids=ids) for echo, thinking, ids in starts for _ in range(samples)
+        ]
         self._envelope.usages = [Usage()] * len(self._choices)
         self._spelling = spelling
         self._tags = tags or ("", "")
@@ -237,20 +280,25 @@ class CompletionReply:
             choice.logprobs = choice.logprobs or {name: [] for name in logprobs}
             for name, values in logprobs.items():
                 choice.logprobs[name] += values
-            choice.length += sum(map(len, logprobs["tokens"]))
+            choice.length += sum(len(self._spelling.text(drawn.token_id)) for drawn in chunk.logprobs)
         if text:
             choice.text.append(text)
         if chunk.finish_reason is not None:
             choice.finish_reason = _REASONS[chunk.finish_reason]
-        if not (text or logprobs or chunk.finish_reason):
+        if not (text or logprobs or chunk.finish_reason or (choice.prompt_ids and chunk.token_ids)):
             return []
-        finish = choice.finish_reason
-        return [self._envelope.event({"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish})]
+        told = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        return [self._envelope.event(told | choice.ids_since(chunk.token_ids))]
 
     def result(self) -> dict[str, Any]:
         """See `Reply`."""
         whole = [
-            {"text": "".join(choice.text), "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
+            {
+                "text": "".join(choice.text),
+                "logprobs": choice.logprobs,
+                "finish_reason": choice.finish_reason,
+                **choice.ids(),
+            }
             for choice in self._choices
         ]
         if self._keep == self._samples:

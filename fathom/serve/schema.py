@@ -206,6 +206,17 @@ class SamplingForm(Form):
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: Many[str] | None = Field(default=None, min_length=1, max_length=1000)
+    return_token_ids: bool | None = None
+    """As vLLM has it: each choice has `token_ids`, the tokens drawn, and the ids of the prompt come as
+    `prompt_token_ids`. In a stream the latter come once, and `token_ids` with the event that brings the tokens."""
+    return_tokens_as_token_ids: bool | None = None
+    """As vLLM has it: log-probabilities name tokens `token_id:17`, since different tokens can have the same text."""
+    thinking_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
+    """Exactly after this many tokens of thoughts the answer begins."""
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
+    """vLLM's name for thinking_budget."""
+    min_thinking_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
+    """Thoughts do not end before this many tokens."""
     cache_salt: str | None = Field(default=None, max_length=256)
     """Prompts share cached prefixes only with those of equal salt (and always of the same key)."""
     user: str | None = None
@@ -254,12 +265,6 @@ class ChatForm(SamplingForm):
     """Further variables for the chat template; `enable_thinking` and `thinking` here are the switch."""
     reasoning_effort: Effort | None = None
     """How long to think, as a share of the longest output; see `fathom.serve.dial`."""
-    thinking_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
-    """Exactly after this many tokens of thoughts the answer begins."""
-    thinking_token_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
-    """vLLM's name for thinking_budget."""
-    min_thinking_budget: int | None = Field(default=None, ge=0, le=_LARGEST)
-    """Thoughts do not end before this many tokens."""
 
     @model_validator(mode="after")
     def _consistent_chat(self) -> "ChatForm":

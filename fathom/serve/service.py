@@ -12,7 +12,7 @@ from fathom.engine.protocol import Request as EngineRequest
 from fathom.errors import nearest
 from fathom.serve.body import Form, read_body
 from fathom.serve.delivery import Delivery
-from fathom.serve.dial import read_dial
+from fathom.serve.dial import completion_bounds, read_dial
 from fathom.serve.errors import ApiError
 from fathom.serve.job import Job
 from fathom.serve.limits import Client, Gate
@@ -39,7 +39,6 @@ class Service:
         self._jobs: set[Job] = set()
         self._tokenizer = tokenizer
         self._prompter = Prompter(tokenizer)
-        self._spelling = TokenSpelling(tokenizer)
         self._tool_form = tool_form(tokenizer.chat_template or "")
         added = tokenizer.backend.get_added_tokens_decoder()
         self._markers = {token.content: number for number, token in added.items()}
@@ -139,13 +138,17 @@ class Service:
         known = self._tool_form if names else None
         reply = ChatReply(
             form.model or self.settings.names[0],
-            self._spelling,
+            self._spelling(form),
             samples=len(requests),
             keep=form.n or 1 if form.best_of else len(requests),
             readers=[ToolReader(known, names) if known else None for _ in requests],
             with_usage=form.stream_options is not None and form.stream_options.include_usage,
+            prompt_ids=prompt.ids if form.return_token_ids else None,
         )
         return requests, reply
+
+    def _spelling(self, form: SamplingForm) -> TokenSpelling:
+        return TokenSpelling(self._tokenizer, as_ids=bool(form.return_tokens_as_token_ids))
 
     def _sampling(self, form: SamplingForm) -> Sampling:
         return sampling_of(form, vocab_size=self._tokenizer.vocab_size, defaults=self.settings.sampling)
@@ -178,24 +181,27 @@ class Service:
             prompts = [self._prompter.text(prompt) for prompt in given]
         else:
             prompts = [self._prompter.fill(str(prompt), form.suffix) for prompt in given]
+        max_tokens = room(form, prompts, context=self.engine.context)
         requests = engine_requests(
             form,
             prompts,
-            max_tokens=room(form, prompts, context=self.engine.context),
+            max_tokens=max_tokens,
             sampling=self._sampling(form),
             constraint=constraint_of(form),
+            thinking=completion_bounds(form, max_tokens),
             salt=_salt(client, form),
         )
         samples = len(requests) // len(prompts)
         reply = CompletionReply(
             form.model or self.settings.names[0],
-            self._spelling,
+            self._spelling(form),
             echoes=[self._echo(prompt) if form.echo else "" for prompt in given],
             inside=[prompt.starts_thinking for prompt in prompts],
             tags=self._prompter.tags,
             samples=samples,
             keep=form.n or 1 if form.best_of else samples,
             with_usage=form.stream_options is not None and form.stream_options.include_usage,
+            prompt_ids=[prompt.ids for prompt in prompts] if form.return_token_ids else None,
         )
         return requests, reply
 
