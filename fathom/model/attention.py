@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fathom.config.model import ModelConfig
 from fathom.model.attention_core import causal_attention
 from fathom.model.cache import LayerCache, Slots
+from fathom.model.forest import Forest
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.paged import PagedLayer, Stretch
 from fathom.model.rope import rotate, rotate_heads
@@ -63,13 +64,14 @@ class MLA(nn.Module):
         slots: Slots | None = None,
         cache: LayerCache | PagedLayer | None = None,
         absorbed: bool | None = None,
+        forest: Forest | None = None,
     ) -> Tensor:
         """x [B, T, hidden] -> the same shape.
 
         Without a cache, or into an empty one, the T tokens attend causally among themselves, expanded. With one they
         are stored in `slots` and attend to all that is stored at or before their own; `absorbed` chooses the form,
         None takes the absorbed one for a single new token behind others, where it costs least. With pages, tokens of
-        several sequences stand in one row (B = 1).
+        several sequences stand in one row (B = 1), and so do those of a forest, which attend as it says.
         """
         if isinstance(cache, PagedLayer):
             return self._paged(x.squeeze(0), rope, cache).unsqueeze(0)
@@ -79,7 +81,7 @@ class MLA(nn.Module):
             assert slots is not None
             latent, k_rope = (t.to(x.dtype) for t in cache.write(slots, latent, k_rope))
         if slots is None or (slots.from_empty and not absorbed):
-            return self._output(self._causal(q_nope, q_rope, latent, k_rope))
+            return self._output(self._causal(q_nope, q_rope, latent, k_rope, forest))
         visible = _visible(slots)
         absorb = x.shape[1] == 1 if absorbed is None else absorbed
         attend = self._absorbed if absorb else self._expanded
@@ -110,11 +112,13 @@ class MLA(nn.Module):
         k_nope, v = kv.split((self.nope, self.value), dim=-1)
         return k_nope, v
 
-    def _causal(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+    def _causal(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, forest: Forest | None = None
+    ) -> Tensor:
         k_nope, v = self._keys_and_values(latent)
         k_shared = k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)
         q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_shared), dim=-1)
-        return causal_attention(q, k, v, self.scale)
+        return (causal_attention if forest is None else forest.attend)(q, k, v, self.scale)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor) -> Tensor:
         k_nope, v = self._keys_and_values(latent)
@@ -181,9 +185,14 @@ class GQA(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_head_norms else None
 
     def forward(
-        self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | PagedLayer | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        slots: Slots | None = None,
+        cache: LayerCache | PagedLayer | None = None,
+        forest: Forest | None = None,
     ) -> Tensor:
-        """x [B, T, hidden] -> the same shape; cache and slots as in `MLA.forward`."""
+        """x [B, T, hidden] -> the same shape; cache, slots and forest as in `MLA.forward`."""
         if isinstance(cache, PagedLayer):
             return self._paged(x.squeeze(0), rope, cache).unsqueeze(0)
         q, k = (
@@ -196,7 +205,7 @@ class GQA(nn.Module):
             k, v = (t.to(x.dtype) for t in cache.write(slots, k, v))
         if slots is None or slots.from_empty:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            heads = causal_attention(q, k, v, self.scale)
+            heads = (causal_attention if forest is None else forest.attend)(q, k, v, self.scale)
         else:
             heads = self._cached(q, k, v, _visible(slots))
         return self.o_proj(heads.transpose(1, 2).flatten(2))

@@ -63,11 +63,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     keys_fit = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
     if not keys_fit or q.shape[2] > k.shape[2] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"causal_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
-    return _attention(q, k, v, scale, training.attention_fits(q, v))[0]
+    return attention_forward(q, k, v, scale, training.attention_fits(q, v))[0]
 
 
 @torch.library.custom_op("fathom::causal_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
     """Returns (o [B, H, T, Dv], log(sum(exp(scores))) [B, H, T] float32; the latter empty without kernels)."""
     if kernels:
         return training.causal_forward(q, k, v, scale)
@@ -82,15 +82,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> 
     return o.view(B, H, T, -1), q.new_empty(0, dtype=torch.float32)
 
 
-@_attention.register_fake
+@attention_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
     if kernels:
         return training.tokens_outermost(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("fathom::causal_attention_backward", mutates_args=())
-def _attention_backward(
+@torch.library.custom_op("fathom::causalattention_backward", mutates_args=())
+def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) in the shapes of q, k, v."""
@@ -113,7 +113,7 @@ def _attention_backward(
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
-@_attention_backward.register_fake
+@attention_backward.register_fake
 def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,10 +129,10 @@ def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> Non
 
 
 def _call_backward(ctx, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.kernels), None, None
+    return *attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.kernels), None, None
 
 
-_attention.register_autograd(_call_backward, setup_context=_save_for_backward)
+attention_forward.register_autograd(_call_backward, setup_context=_save_for_backward)
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:

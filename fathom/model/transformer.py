@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fathom.config.model import ModelConfig
 from fathom.model.attention import GQA, MLA, Rope
 from fathom.model.cache import KVCache, LayerCache, Slots
+from fathom.model.forest import Forest
 from fathom.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from fathom.model.moe import MoE, Router, RouterReport
 from fathom.model.mtp import MTPModule
@@ -36,10 +37,15 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
-        self, x: Tensor, rope: Rope, slots: Slots | None = None, cache: LayerCache | PagedLayer | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        slots: Slots | None = None,
+        cache: LayerCache | PagedLayer | None = None,
+        forest: Forest | None = None,
     ) -> tuple[Tensor, RouterReport | None]:
         """x [B, T, D] -> (the same shape, the router's report or None for a dense layer)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, slots, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, slots, cache, forest=forest)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             y, report = self.mlp(normed)
@@ -103,6 +109,17 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(token_ids.shape[1] if lengths is None else lengths)
         return self.model.norm(x), reports
+
+    def forest_states(self, forest: Forest) -> tuple[Tensor, list[RouterReport]]:
+        """What the head sees of every row of `forest`, [S, D], and one report per mixture-of-experts layer."""
+        x = self.embed(forest.token_ids[None])
+        rope = self._rope_at(forest.token_ids[None], forest.positions[None])
+        reports = []
+        for layer in self.model.layers:
+            x, report = layer(x, rope, forest=forest)
+            if report is not None:
+                reports.append(report)
+        return self.model.norm(x)[0], reports
 
     def mtp_hidden_states(
         self, depth: int, hidden: Tensor, token_ids: Tensor, *, cache: PagedCall | None = None

@@ -123,7 +123,7 @@ def test_transposed_views_are_taken_as_they_are():
 def test_operator_obeys_the_compiler_contract(dtype):
     """Fake shapes, schema and autograd agree with what the operator does: torch.compile relies on it."""
     q, k, v = make_inputs(1, 4, 2, 130, dtype)
-    torch.library.opcheck(attention_core._attention, (q, k, v, SCALE, training.attention_fits(q, v)))
+    torch.library.opcheck(attention_core.attention_forward, (q, k, v, SCALE, training.attention_fits(q, v)))
 
 
 def test_unfit_shapes_are_refused():
