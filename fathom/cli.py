@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ import fathom
 from fathom.errors import UserError, nearest
 from fathom.options import add_model, open_for_text, open_model, positive, say_opening
 from fathom.serve.command import add_service, serve
+from fathom.tasks.command import add_tasks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,6 +210,10 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a file at most (100000000)")
     run = verb("verify", _data_verify, "check every shard against the manifest", of=data_verbs)
     run.add_argument("path", type=Path, help="a folder that 'fathom data build' wrote")
+
+    tasks = verb("tasks", lambda _: tasks.print_help(), "see and try the problems that can be checked by rule")
+    task_verbs = tasks.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    add_tasks(partial(verb, of=task_verbs))
 
     run = verb("load", _load, "open a model and say what it is")
     add_model(run)

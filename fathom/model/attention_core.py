@@ -89,7 +89,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Ten
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("fathom::causalattention_backward", mutates_args=())
+@torch.library.custom_op("fathom::causal_attention_backward", mutates_args=())
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

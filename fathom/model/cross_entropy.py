@@ -21,6 +21,16 @@ per token can be put on the loss afterwards; the per-token losses are therefore 
   would pay more for the pass over dW (200 MB per chunk) and a larger one takes more memory.
 * It is one opaque operator: `torch.compile` meets no graph break, and it runs as it stands here. The products
   take more than four fifths of the time; Inductor's fusion of the whole, unchunked, is no faster.
+
+Log-probabilities of single tokens
+----------------------------------
+Reinforcement learning weights each token by what its own log-probability turns out to be, so no gradient can be made on
+the way forward. `logprobs_and_entropy` makes a chunk's logits again in backward: four products instead of three, but
+only for tokens that a gradient reaches. Prompts, groups whose rewards are all equal and clipped tokens are none of them.
+
+Its logits are float32 products (of values that have hidden's precision): rounding a logit of 20 to bfloat16 moves the
+log-probability by up to 0.06, which is more than the gap between sampler and trainer that the ratio should show
+(MiniMax-M1, arXiv 2506.13585 §3.2, found the same and keeps its head in float32).
 """
 
 import torch
@@ -133,3 +143,133 @@ def _scale_gradients(ctx, _: None, dloss_sum: Tensor, *__: None) -> tuple[Tensor
 
 
 _cross_entropy.register_autograd(_scale_gradients, setup_context=_save_for_backward)
+
+
+def logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target under softmax(hidden weight^T / temperature), and that distribution's entropy.
+
+    Args:
+        hidden: [S, d], bfloat16, float32 or float64.
+        weight: [V, d] in any floating type (rounded to hidden's; the gradient comes back in weight's type).
+        targets: [S] int64, in 0..V-1 or ignore_index.
+        temperature: that of the distribution asked about, > 0.
+        ignore_index: the target of tokens nothing is asked about.
+        chunk: tokens per chunk; bounds the memory, V * chunk * 12 bytes beside one float32 copy of the weight.
+
+    Returns:
+        (log-probabilities [S], differentiable, each with a gradient of its own; entropies [S] in nats, detached).
+        Both float32 (float64 for float64 inputs), 0 where ignored.
+
+    Raises:
+        ValueError: if the shapes do not fit together or the temperature is not positive.
+    """
+    if hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"logprobs_and_entropy: shapes do not fit: hidden {hidden.shape}, weight {weight.shape}, "
+            f"targets {targets.shape}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"logprobs_and_entropy: the temperature must be positive, not {temperature}")
+    logprobs, entropy = _token_logprobs(hidden, weight, targets, temperature, ignore_index, chunk)
+    return logprobs, entropy.detach()
+
+
+@torch.library.custom_op("fathom::token_logprobs", mutates_args=())
+def _token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Returns (log-probabilities, entropies), each [S]."""
+    head = _wide_head(weight, hidden)
+    logprobs, entropy = (torch.zeros_like(targets, dtype=head.dtype) for _ in range(2))
+    for rows in (targets != ignore_index).nonzero().squeeze(1).split(chunk):
+        logits = _tempered_logits(hidden.index_select(0, rows), head, temperature)
+        below_best = logits.sub_(logits.amax(1, keepdim=True))
+        p = torch.softmax(below_best, dim=1)
+        best_logprob = p.amax(1).log()
+        logprobs[rows] = best_logprob + below_best.gather(1, targets[rows, None]).squeeze(1)
+        # -sum(p log p) as a sum of terms that are none of them negative: a small entropy keeps its digits.
+        entropy[rows] = -best_logprob - p.mul_(below_best).sum(1)
+    return logprobs, entropy
+
+
+@_token_logprobs.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty_like(targets, dtype=wide), torch.empty_like(targets, dtype=wide)
+
+
+@torch.library.custom_op("fathom::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward(
+    dlogprobs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    chunk: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns (dhidden in hidden's type, dweight in weight's): d logprob / d logits = (onehot - p) / temperature."""
+    wide_head, head = _wide_head(weight, hidden), weight.to(hidden.dtype)
+    dhidden = hidden.new_zeros(hidden.shape if need_dhidden else 0)
+    dweight = wide_head.new_zeros(weight.shape if need_dweight else 0)
+    for rows in ((targets != ignore_index) & (dlogprobs != 0)).nonzero().squeeze(1).split(chunk):
+        hidden_rows, target = hidden.index_select(0, rows), targets[rows, None]
+        minus_p = torch.softmax(_tempered_logits(hidden_rows, wide_head, temperature), dim=1).neg_()
+        onehot_minus_p = minus_p.scatter_add_(1, target, minus_p.new_ones(target.shape))
+        dlogits = onehot_minus_p.mul_(dlogprobs[rows, None] / temperature).to(hidden.dtype)
+        if need_dhidden:
+            dhidden[rows] = dlogits @ head
+        if need_dweight:
+            dweight += dlogits.t() @ hidden_rows
+    return dhidden, dweight.to(weight.dtype)
+
+
+@_token_logprobs_backward.register_fake
+def _(
+    dlogprobs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    ignore_index: int,
+    chunk: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _wide_head(weight: Tensor, hidden: Tensor) -> Tensor:
+    """The weight with hidden's precision, in float32 (float64 beside float64)."""
+    return weight.to(hidden.dtype).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _tempered_logits(hidden_rows: Tensor, wide_head: Tensor, temperature: float) -> Tensor:
+    return (hidden_rows.to(wide_head.dtype) @ wide_head.t()).div_(temperature)
+
+
+def _save_for_token_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.temperature, ctx.ignore_index, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _token_gradients(ctx, dlogprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    need_dhidden, need_dweight = ctx.needs_input_grad[:2]
+    dhidden, dweight = _token_logprobs_backward(
+        dlogprobs, *ctx.saved_tensors, ctx.temperature, ctx.ignore_index, ctx.chunk, need_dhidden, need_dweight
+    )
+    return dhidden if need_dhidden else None, dweight if need_dweight else None, *(None,) * 4
+
+
+_token_logprobs.register_autograd(_token_gradients, setup_context=_save_for_token_gradients)
