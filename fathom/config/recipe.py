@@ -29,9 +29,10 @@ class DataSection(Section):
     """Folder of token shards (`fathom data build`). One that does not exist is built from `sources`, unless only the
     folder was named: that is taken for a typo."""
     sources: tuple[str, ...] = ("stdlib",)
-    """Folders, files or hub names to build `path` from; `stdlib` is the running Python's own library."""
-    vocab_size: int = Field(default=4096, ge=300)
-    """Size of the byte-level BPE trained on the sources."""
+    """Folders, files or hub names to build `path` from; `stdlib` is the running Python's own library, `task:NAME`
+    synthetic text about a task."""
+    vocab_size: int = Field(default=4096, ge=266)
+    """Size of the byte-level BPE trained on the sources; 266 are the bytes and control tokens alone."""
     sequence_length: Positive = 512
     """Tokens per sequence."""
     fim_rate: Share = 0.1
@@ -101,11 +102,11 @@ class ScheduleSection(Section):
 class BalanceSection(Section):
     """How experts are kept equally busy (V3 §2.1.2)."""
 
-    bias_rate: float = Field(default=0.001, ge=0)
-    """γ: step of the router bias, by sign, once per training step over the whole batch."""
+    bias_rate: float = Field(default=0.001, ge=0, le=1)
+    """γ: step of the router bias, by sign, once per training step over the whole batch. Scores lie between 0 and 1."""
     bias_until: Share = 0.966
     """Share of the run after which γ is `late_bias_rate` (14.3 T of 14.8 T)."""
-    late_bias_rate: float = Field(default=0.0, ge=0)
+    late_bias_rate: float = Field(default=0.0, ge=0, le=1)
     """γ in the last part."""
     sequence_loss: float = Field(default=1e-4, ge=0)
     """α: weight of the sequence-wise balance loss."""
@@ -135,7 +136,7 @@ class TrainSection(Section):
     """What linear layers multiply in; `auto` is bf16 where the hardware has it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` is on where a compiler is present."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 leaves PyTorch's choice."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the weights with this decay; None keeps none."""

@@ -139,16 +139,10 @@ inline void into_strips(const bf16* rows, long step, long keys, uint32_t* strips
         }
 }
 
-inline float inner_product(const bf16* a, const bf16* b, long count) {
-    f32v acc = splat(0);
-    long whole = count / LANES * LANES;
-    for (long i = 0; i < whole; i += LANES) acc += load(a + i) * load(b + i);
-    float rest = 0;
-    for (long i = whole; i < count; i++) rest += widen(a[i]) * widen(b[i]);
-    return sum(acc) + rest;
-}
-
-void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float* log_sums, Heads dq, Heads dk, Heads dv,
+// A score's gradient is weight * (d_weight - delta), delta being the mean of d_weight by weight. The usual short cut,
+// delta = o . d_o, takes an output that was rounded: then the gradients no longer sum to zero, and what is left over is
+// multiplied by whatever the keys have in common. So delta is summed here, in float32.
+void causal_backward(Heads d_o, Heads q, Heads k, Heads v, const float* log_sums, Heads dq, Heads dk, Heads dv,
                      CausalShape s, float scale) {
     long group = s.H / s.G, past = s.S - s.T, filled = round_up(s.S, PANEL);
     long key_width = round_up(s.D, PANEL), value_width = round_up(s.V, PANEL);
@@ -159,6 +153,7 @@ void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float*
         uint32_t *key_pairs = scratch<5>(filled * key_width / 2), *query_pairs = scratch<6>(QUERIES * key_width / 2);
         uint32_t *d_pairs = scratch<7>(QUERIES * value_width / 2), *strips = scratch<8>(QUERIES * filled / 2);
         bf16 *weights = (bf16*)scratch<9>(QUERIES * filled / 2), *d_scores = (bf16*)scratch<10>(QUERIES * filled / 2);
+        float *exact_weights = (float*)scratch<13>(ROWS * filled), *d_weights = (float*)scratch<14>(ROWS * filled);
         float *key_sums = (float*)scratch<11>(filled * key_width), *value_sums = (float*)scratch<12>(filled * value_width);
         panel_rows(k.rows(b, g), s.S, s.D, key_panels);
         panel_rows(v.rows(b, g), s.S, s.V, value_panels);
@@ -177,14 +172,14 @@ void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float*
                     constexpr int C = decltype(tile)::value;
                     long t = start + row, seen = past + t + C;
                     const bf16 *queries[C], *d_outs[C], *rows[C];
-                    float log_sum[C], delta[C];
+                    float log_sum[C];
                     for (int c = 0; c < C; c++) {
                         queries[c] = q.row(b, h, t + c), d_outs[c] = d_o.row(b, h, t + c);
                         rows[c] = d_scores + (row + c) * filled;
                         log_sum[c] = log_sums[(b * s.H + h) * s.T + t + c];
-                        delta[c] = inner_product(o.row(b, h, t + c), d_outs[c], s.V);
                     }
-                    f32v score[C][2], d_weight[C][2];
+                    f32v score[C][2], d_weight[C][2], deltas[C];
+                    for (int c = 0; c < C; c++) deltas[c] = splat(0);
                     for (long p = 0; p * PANEL < seen; p++) {
                         multiply<C>(queries, (const bf16*)key_panels + p * PANEL * s.D, s.D, score);
                         multiply<C>(d_outs, (const bf16*)value_panels + p * PANEL * s.V, s.V, d_weight);
@@ -193,9 +188,17 @@ void causal_backward(Heads d_o, Heads q, Heads k, Heads v, Heads o, const float*
                                 long key = p * PANEL + half * LANES;
                                 f32v away = score[c][half] * scale - log_sum[c];
                                 f32v weight = only_visible(exp_negative(away > 0.0f ? splat(0) : away), key, past + t + c + 1, 0);
+                                deltas[c] += weight * d_weight[c][half];
                                 store(weights + (row + c) * filled + key, weight);
-                                store(d_scores + (row + c) * filled + key, weight * (d_weight[c][half] - delta[c]));
+                                store(exact_weights + c * filled + key, weight);
+                                store(d_weights + c * filled + key, d_weight[c][half]);
                             }
+                    }
+                    for (int c = 0; c < C; c++) {
+                        float delta = sum(deltas[c]);
+                        for (long key = 0; key < round_up(seen, PANEL); key += LANES)
+                            store(d_scores + (row + c) * filled + key,
+                                  load(exact_weights + c * filled + key) * (load(d_weights + c * filled + key) - delta));
                     }
                     for (long p = 0; p * PANEL < s.D; p++) {
                         multiply<C>(rows, (const bf16*)key_pairs + p * PANEL * round_up(s.S, 2), round_up(seen, 2), score);

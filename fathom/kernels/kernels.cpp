@@ -125,10 +125,9 @@ void fathom_causal_forward(const Heads* q, const Heads* k, const Heads* v, const
                            const CausalShape* shape, float scale) {
     causal_forward(*q, *k, *v, *o, log_sums, *shape, scale);
 }
-void fathom_causal_backward(const Heads* d_o, const Heads* q, const Heads* k, const Heads* v, const Heads* o,
-                            const float* log_sums, const Heads* dq, const Heads* dk, const Heads* dv,
-                            const CausalShape* shape, float scale) {
-    causal_backward(*d_o, *q, *k, *v, *o, log_sums, *dq, *dk, *dv, *shape, scale);
+void fathom_causal_backward(const Heads* d_o, const Heads* q, const Heads* k, const Heads* v, const float* log_sums,
+                            const Heads* dq, const Heads* dk, const Heads* dv, const CausalShape* shape, float scale) {
+    causal_backward(*d_o, *q, *k, *v, log_sums, *dq, *dk, *dv, *shape, scale);
 }
 
 FATHOM_FOR_TYPE(bf16, bf16)

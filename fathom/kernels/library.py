@@ -14,14 +14,17 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
+import threading
 import warnings
 from pathlib import Path
 
 import torch
 
+from fathom.scratch import neighbour, sweep, sync
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _LOG = logging.getLogger(__name__)
+_BUILDING = threading.Lock()
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
 
@@ -31,7 +34,8 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         warnings.warn(
-            "no C++ compiler found: decoding uses PyTorch's operators, which is slower; install g++", stacklevel=2
+            "no C++ compiler found: PyTorch's operators are used in the place of kernels, which is slower; install g++",
+            stacklevel=2,
         )
         return None
     try:
@@ -40,29 +44,63 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or "").strip() or str(error)
         warnings.warn(
-            f"decoding kernels could not be built, so PyTorch's operators are used: {reason.splitlines()[-1]}",
+            f"kernels could not be built, so PyTorch's operators are used, which is slower: {reason.splitlines()[-1]}",
             stacklevel=2,
         )
         return None
 
 
 def _opened(compiler: str) -> ctypes.CDLL:
-    """The shared library, compiled if this machine has none yet, or one that cannot be opened (a disk was full)."""
+    """The shared library, compiled if this machine has none yet, or one that is not whole (a disk was full)."""
     texts = [file.read_text() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    identity = "\n".join([*texts, compiler, *FLAGS, torch.backends.cpu.get_cpu_capability(), _processor()])
+    built_by = Path(compiler).resolve().stat()
+    identity = [*texts, compiler, f"{built_by.st_size} {built_by.st_mtime_ns}", *FLAGS]
+    identity += [torch.backends.cpu.get_cpu_capability(), _processor()]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
-    target = folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(target))
-    folder.mkdir(parents=True, exist_ok=True)
-    _LOG.info("compiling kernels for this processor, once, a few seconds")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / target.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+    name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    target = folder / f"kernels-{name}.so"
+    with _BUILDING:
+        if _is_whole(target):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(target))
+        folder.mkdir(parents=True, exist_ok=True)
+        _LOG.info("compiling kernels for this processor, once, a few seconds")
+        _build(compiler, target)
+        return ctypes.CDLL(str(target))
+
+
+def _build(compiler: str, target: Path) -> None:
+    """Compile in a hidden neighbour of `target`, which one rename then makes it."""
+    sweep(target, "building")
+    scratch = neighbour(target, "building")
+    scratch.mkdir()
+    try:
+        built = scratch / target.name
+        # In a session of its own: Ctrl-C on the terminal is for this program to heed, and must not make a training run
+        # that only wants to save go on without kernels.
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(built)],
+            check=True, capture_output=True, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        built.write_bytes(_sealed(built.read_bytes()))
+        sync(built)
         built.replace(target)
-    return ctypes.CDLL(str(target))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sealed(content: bytes) -> bytes:
+    """With its own digest behind it, where a loader does not look."""
+    return content + hashlib.sha256(content).digest()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file ends with the digest of what is before: opening a library that was cut short ends the process."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    return content == _sealed(content[: -hashlib.sha256().digest_size])
 
 
 def _processor() -> str:

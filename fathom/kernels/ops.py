@@ -35,7 +35,7 @@ _ARGUMENTS = {
     "grouped": [*[c_void_p] * 3, c_long, c_void_p, *[c_long] * 2, c_int, c_void_p],
     "weight_gradient": [*[c_void_p] * 5, c_long, c_void_p, *[c_long] * 2],
     "causal_forward": [*[c_void_p] * 6, c_float],
-    "causal_backward": [*[c_void_p] * 10, c_float],
+    "causal_backward": [*[c_void_p] * 9, c_float],
 }
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "int8", torch.float8_e4m3fn: "fp8"}
 

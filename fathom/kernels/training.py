@@ -84,13 +84,13 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 
 def causal_backward(
-    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float
+    d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for the gradient d_o of what `causal_forward` gave, each with tokens outermost."""
-    d_o, q, k, v, o = (_unit_stride(x) for x in (d_o, q, k, v, o))
+    d_o, q, k, v = (_unit_stride(x) for x in (d_o, q, k, v))
     gradients = tuple(tokens_outermost(x, x.shape[-1]) for x in (q, k, v))
     kernel("causal_backward")(
-        *map(_heads, (d_o, q, k, v, o)), log_sums.data_ptr(), *map(_heads, gradients), _causal_shape(q, k, v), scale
+        *map(_heads, (d_o, q, k, v)), log_sums.data_ptr(), *map(_heads, gradients), _causal_shape(q, k, v), scale
     )
     return gradients
 

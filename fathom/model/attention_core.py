@@ -31,7 +31,8 @@ Elsewhere it is spelt in `bmm` calls, about a third faster than the full square:
 
 In no case does a [T, T] tensor exist. Covered: self-attention over whole sequences, and over the last part of one
 whose first part is remembered (more keys than queries). Blocks begin at multiples of QUERY_BLOCK from the sequence's
-start, so that a part is computed as in the whole. Not covered: padding masks, dropout, double backward.
+start, so that a part is computed as in the whole. Not covered: padding masks, dropout, double
+backward, forward-mode differentiation.
 """
 
 import itertools
@@ -58,11 +59,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         [B, H, T, Dv] in q's type.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or the types differ.
     """
-    keys_fit = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
-    if not keys_fit or q.shape[2] > k.shape[2] or k.shape[:3] != v.shape[:3]:
+    heads_fit = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    keys_fit = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and 0 < q.shape[2] <= k.shape[2]
+    if not heads_fit or not keys_fit or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"causal_attention: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"causal_attention: types differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
     return attention_forward(q, k, v, scale, training.attention_fits(q, v))[0]
 
 
@@ -91,14 +95,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: bool) -> tuple[Ten
 
 @torch.library.custom_op("fathom::causal_attention_backward", mutates_args=())
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) in the shapes of q, k, v."""
     if kernels:
-        return training.causal_backward(do, q, k, v, o, log_sums, scale)
+        return training.causal_backward(do, q, k, v, log_sums, scale)
     q_rows, do_rows = _fold(q, k.shape[1]), _fold(do, k.shape[1])
     k_rows, v_rows = k.flatten(0, 1), v.flatten(0, 1)
-    dq, dk, dv = torch.empty_like(q_rows), k_rows.new_zeros(k_rows.shape), v_rows.new_zeros(v_rows.shape)
+    dq, dk, dv = (rows.new_zeros(rows.shape) for rows in (q_rows, k_rows, v_rows))
     triangle = _triangle(q)
     for heads, rows, keys in _blocks(q_rows, k.shape[2]):
         q_block = (q_rows[heads, :, rows] * scale).flatten(1, 2)
@@ -115,7 +119,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, scale: float, kernels: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if kernels:
         return tuple(training.tokens_outermost(x, x.shape[-1]) for x in (q, k, v))
@@ -125,7 +129,7 @@ def _(
 def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     q, k, v, ctx.scale, ctx.kernels = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(q, k, v, output[1])
 
 
 def _call_backward(ctx, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

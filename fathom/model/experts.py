@@ -13,7 +13,7 @@ read rows where an index finds them, take groups of any size, round float32 weig
 gradients. Elsewhere they are PyTorch's. There a group's rows begin at a multiple of ROW_ALIGNMENT: a product is
 compiled for its exact shape and remembered, and groups of arbitrary size would be compiled anew every time, which
 costs as much as the product itself (measured: 21 ms against 15 for one pass at 512 rows per group). The rows that fill
-a group up carry weight 0, which makes their every contribution 0.
+a group up carry weight 0, which makes their every contribution 0 as long as token 0, which they name, is finite.
 
 What is left is to move rows cheaply; done in the obvious way, eager, this costs half as much as the arithmetic:
 
@@ -41,6 +41,7 @@ Legend: N tokens, K experts per token, M >= N*K sorted rows, E experts, d model 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fathom.kernels import training
 
@@ -59,7 +60,7 @@ def routed_experts(
 
     Args:
         x: [N, d] activations, bfloat16 or float32.
-        expert_ids: [N, K] int64, in 0..E-1; an expert may be chosen by any number of tokens, none included.
+        expert_ids: [N, K] int64, in 0..E-1, which is not looked at; any number of tokens may choose an expert.
         expert_weights: [N, K] float32.
         gate_up: [E, 2I, d], gate rows first, in any floating type (cast to x's).
         down: [E, d, I], likewise.
@@ -71,7 +72,8 @@ def routed_experts(
         ValueError: if the shapes do not fit together.
     """
     E, two_I, d = gate_up.shape
-    if x.shape[1] != d or down.shape != (E, d, two_I // 2) or expert_ids.shape != expert_weights.shape:
+    choices_fit = expert_ids.shape == expert_weights.shape and expert_ids.shape[0] == x.shape[0]
+    if x.shape[1] != d or down.shape != (E, d, two_I // 2) or not choices_fit:
         raise ValueError(
             f"routed_experts: shapes do not fit: x {x.shape}, expert_ids {expert_ids.shape}, "
             f"expert_weights {expert_weights.shape}, gate_up {gate_up.shape}, down {down.shape}"
@@ -100,6 +102,7 @@ class _RoutedExperts(torch.autograd.Function):
         return _sum_over_experts(y_Md, position_NK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, gate_up_M2I, weight_M, token_M, position_NK, ends_E = ctx.saved_tensors
         dhidden_MI = _product(dy, token_M, ends_E, down, columns=True)
@@ -154,7 +157,7 @@ def _grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     a [M, p], b [E, p, q] -> [M, q]: the rows of group e times matrix e.
     a [p, M], b [M, q] -> [E, p, q]: for each group the product over its rows.
     """
-    aligned = all(stride * x.element_size() % 16 == 0 for x in (a, b) for stride in x.stride() if stride != 1)
+    aligned = all(stride * x.element_size() % 16 == 0 for x in (a, b) for stride in sorted(x.stride())[1:])
     if a.dtype == torch.bfloat16 and aligned:
         return torch._grouped_mm(a, b, offs=ends_E)
     ends = ends_E.tolist()

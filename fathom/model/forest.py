@@ -163,7 +163,7 @@ def _like_output(q: Tensor, v: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fathom::forest_attention_backward", mutates_args=())
 def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) in the shapes of q, k, v. A trunk's keys gather what all of its branches ask of them."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -175,7 +175,7 @@ def _attention_backward(
             row[: rows.stop - rows.start] = do[rows]
         sums = part.own(log_sums).squeeze(-1).contiguous() if kernels else log_sums
         gradients = attention_backward(
-            upstream.transpose(1, 2), part.own(q), part.seen(k), part.seen(v), part.own(o), sums, scale, kernels
+            upstream.transpose(1, 2), part.own(q), part.seen(k), part.seen(v), sums, scale, kernels
         )
         part.put(gradients[0], dq)
         shared = part.trunk.stop - part.trunk.start
@@ -188,19 +188,19 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, spans, ctx.scale, ctx.kernels = inputs
-    ctx.save_for_backward(q, k, v, *output, spans)
+    ctx.save_for_backward(q, k, v, output[1], spans)
 
 
 def _differentiate(ctx, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, o, log_sums, spans = ctx.saved_tensors
-    gradients = _attention_backward(do, q, k, v, o, log_sums, spans, ctx.scale, ctx.kernels)
+    q, k, v, log_sums, spans = ctx.saved_tensors
+    gradients = _attention_backward(do, q, k, v, log_sums, spans, ctx.scale, ctx.kernels)
     return (*gradients, None, None, None)
 
 

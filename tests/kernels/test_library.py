@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,14 +89,26 @@ def test_a_compiler_that_is_none_is_passed_over(compiler: str, opened, monkeypat
     assert answers(opened()[0])
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"no library"])
-def test_a_corrupt_file_is_built_again(content: bytes, opened, tmp_path: Path) -> None:
-    """A cached file that cannot be opened, cut short by a full disk for one, is replaced without a word."""
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda whole: b"",
+        lambda whole: b"no library",
+        lambda whole: whole[:-1],
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:4096],
+        lambda whole: whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2),
+    ],
+    ids=["empty", "text", "last-byte", "half", "page", "zeros"],
+)
+def test_a_corrupt_file_is_built_again(damaged: Callable[[bytes], bytes], opened, tmp_path: Path) -> None:
+    """A cached file that is not what was built, cut short by a full disk for one, is replaced without a word."""
     folder = tmp_path / "cache" / "fathom"
     assert answers(opened()[0])
     (file,) = folder.iterdir()
+    content = file.read_bytes()
     file.unlink()  # written to in place, it would change under the program that has it open
-    file.write_bytes(content)
+    file.write_bytes(damaged(content))
     found, said = opened()
     assert answers(found)
     assert not said

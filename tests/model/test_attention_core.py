@@ -72,6 +72,19 @@ def test_kernels_equal_the_operators(monkeypatch, shape, widths):
         assert relative_error(kernel, wanted) <= max(5e-3, relative_error(operator, wanted))
 
 
+@pytest.mark.parametrize("mean", [1.0, 2.0])
+def test_gradients_survive_what_keys_have_in_common(mean):
+    """Where all keys and values share a mean, as trained models' do, the kernels' gradients stay near float64's."""
+    if not training.available():
+        pytest.skip("no kernels for training on this machine")
+    drawn = make_inputs(1, 2, 2, 300, torch.float64, 96, 64)
+    inputs = [(x.detach() * 0.3 + mean).to(torch.bfloat16).requires_grad_() for x in drawn]
+    ours = value_and_gradients(lambda q, k, v: causal_attention(q, k, v, SCALE), inputs)
+    exact = value_and_gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
+    for kernel, wanted in zip(ours, exact, strict=True):
+        assert relative_error(kernel, wanted) < 1e-2 * mean
+
+
 def test_a_query_does_not_depend_on_the_others():
     """The last queries alone, over all keys, give the bits that they give among all queries."""
     q, k, v = (x.detach() for x in make_inputs(2, 4, 2, 300, torch.bfloat16))
@@ -119,11 +132,19 @@ def test_transposed_views_are_taken_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operator_obeys_the_compiler_contract(dtype):
-    """Fake shapes, schema and autograd agree with what the operator does: torch.compile relies on it."""
-    q, k, v = make_inputs(1, 4, 2, 130, dtype)
-    torch.library.opcheck(attention_core.attention_forward, (q, k, v, SCALE, training.attention_fits(q, v)))
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_operators_obey_the_compiler_contract(batch, kernels):
+    """Fake shapes, strides and autograd agree with what the operators do, of views too: torch.compile relies on it."""
+    if kernels and not training.available():
+        pytest.skip("no kernels for training on this machine")
+    inputs = make_inputs(batch, 4, 2, 130, torch.bfloat16)
+    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    for q, k, v in (inputs, views):
+        torch.library.opcheck(attention_core.attention_forward, (q, k, v, SCALE, kernels))
+        o, log_sums = attention_core.attention_forward(q, k, v, SCALE, kernels)
+        rest = [x.detach() for x in (torch.randn_like(o), q, k, v, log_sums)]
+        torch.library.opcheck(attention_core.attention_backward, (*rest, SCALE, kernels))
 
 
 def test_unfit_shapes_are_refused():
@@ -131,3 +152,18 @@ def test_unfit_shapes_are_refused():
     q, k, v = make_inputs(1, 3, 2, 4, torch.float32)
     with pytest.raises(ValueError, match="shapes do not fit"):
         causal_attention(q, k, v, SCALE)
+
+
+def test_unlike_types_are_refused():
+    """Types that differ are refused: the kernels read numbers where they lie."""
+    q, k, v = make_inputs(1, 2, 2, 4, torch.bfloat16)
+    for mixed in ((q, k.float(), v.float()), (q, k, v.float()), (q.float(), k, v)):
+        with pytest.raises(ValueError, match="types differ"):
+            causal_attention(*mixed, SCALE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_queries_are_refused(dtype):
+    """Neither form is asked to attend for nobody."""
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        causal_attention(*make_inputs(1, 2, 2, 0, dtype), SCALE)
