@@ -156,6 +156,25 @@ def fathom_latent512() -> ModelConfig:
     return fathom_tiny().replace(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
+def fathom_nano() -> ModelConfig:
+    """Every part of V3 at the size of one small skill, over bytes."""
+    return fathom_tiny().replace(
+        vocab_size=266,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        n_group=1,
+        topk_group=1,
+    )
+
+
 def smollm2_135m() -> ModelConfig:
     """SmolLM2-135M: a dense Llama with tied embeddings."""
     return ModelConfig(
@@ -194,6 +213,7 @@ PRESETS = {
     "fathom-59m": fathom_59m,
     "fathom-tiny": fathom_tiny,
     "fathom-latent512": fathom_latent512,
+    "fathom-nano": fathom_nano,
     "smollm2-135m": smollm2_135m,
 }
 

@@ -197,8 +197,7 @@ def _encode(
     ):
         bar = progress.add_task("encoding", total=survey.documents)
         for batch in _batches(_unique(corpus, skipped)):
-            encoded = tokenizer.encode_batch([entry.text for entry in batch])
-            for entry, ids in zip(batch, encoded, strict=True):
+            for entry, ids in zip(batch, _ids(tokenizer, batch), strict=True):
                 if not ids:
                     skipped.add("nothing left by the tokenizer", entry.origin)
                     continue
@@ -227,11 +226,21 @@ def _encode(
     return manifest
 
 
+def _ids(tokenizer: Tokenizer, batch: "list[_Entry]") -> Iterator[list[int]]:
+    """Token ids of each, in order."""
+    sorts = {
+        marked: iter(tokenizer.encode_batch([e.text for e in batch if e.marked == marked], special=marked))
+        for marked in (False, True)
+    }
+    return (next(sorts[entry.marked]) for entry in batch)
+
+
 class _Entry(NamedTuple):
     """A document and what its content decides: two independent 64-bit keys, and its size in UTF-8."""
 
     text: str
     origin: str
+    marked: bool
     split_key: int
     sample_key: int
     bytes: int
@@ -240,7 +249,7 @@ class _Entry(NamedTuple):
 def _unique(corpus: Corpus, skipped: Skipped) -> Iterator[_Entry]:
     """The documents without exact copies of earlier ones."""
     seen: set[bytes] = set()
-    for text, origin in corpus.documents(skipped):
+    for text, origin, marked in corpus.documents(skipped):
         content = text.encode()
         digest = hashlib.blake2b(content, digest_size=16).digest()
         if digest in seen:
@@ -248,7 +257,7 @@ def _unique(corpus: Corpus, skipped: Skipped) -> Iterator[_Entry]:
             continue
         seen.add(digest)
         split_key, sample_key = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
-        yield _Entry(text, origin, split_key, sample_key, len(content))
+        yield _Entry(text, origin, marked, split_key, sample_key, len(content))
 
 
 def _batches(entries: Iterator[_Entry]) -> Iterator[list[_Entry]]:

@@ -1,4 +1,4 @@
-"""Where text comes from: folders, files, the Python standard library, the Hugging Face hub.
+"""Where text comes from: folders, files, the Python standard library, the Hugging Face hub, tasks.
 
 Real folders hold surprises. Whatever cannot be read as text is counted with its reason and a few examples, and
 reading goes on; only a source that does not exist at all stops a build.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fathom.data.synth import WorkedProblems
 from fathom.errors import UserError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -27,6 +28,8 @@ class Document(NamedTuple):
 
     text: str
     origin: str
+    marked: bool = False
+    """Whether control tokens spelled in it are tokens. In text from elsewhere they are text."""
 
 
 class Skipped:
@@ -47,7 +50,8 @@ class Skipped:
 class Corpus:
     """The documents of some sources, in an order that depends on their names alone.
 
-    A source is a folder (read recursively, hidden entries left out), a file, `stdlib` or `hub:owner/name`.
+    A source is a folder (read recursively, hidden entries left out), a file, `stdlib`, `hub:owner/name`, or `task:NAME`
+    for synthetic text about a task (`synth.py`).
     Files are found once, when the corpus is made; it can then be read several times.
     """
 
@@ -57,10 +61,10 @@ class Corpus:
         Raises `UserError` for a source that does not exist.
         """
         if not sources:
-            raise UserError("data: no sources given; name a folder, a file, 'stdlib' or 'hub:owner/name'")
+            raise UserError("data: no sources given; name a folder, a file, 'stdlib', 'hub:owner/name' or 'task:NAME'")
         self._text_field = text_field
         self._found = Skipped()
-        self._parts: list[Path | _HubRows] = []
+        self._parts: list[Path | _HubRows | _TaskRows] = []
         for source in sources:
             self._parts.extend(self._open(source))
 
@@ -70,24 +74,28 @@ class Corpus:
             skipped.counts[reason] = skipped.counts.get(reason, 0) + count
             skipped.examples[reason] = list(self._found.examples[reason])
         for part in self._parts:
-            read = part.documents(skipped) if isinstance(part, _HubRows) else self._file(part, skipped)
+            read = self._file(part, skipped) if isinstance(part, Path) else part.documents(skipped)
             for document in read:
                 if document.text.strip():
                     yield document
                 else:
                     skipped.add("empty", document.origin)
 
-    def _open(self, source: str | Path) -> "Iterable[Path | _HubRows]":
+    def _open(self, source: str | Path) -> "Iterable[Path | _HubRows | _TaskRows]":
         if source == "stdlib":
             return self._standard_library()
         if isinstance(source, str) and source.startswith("hub:"):
             return [_HubRows(source.removeprefix("hub:"), self._text_field)]
+        if isinstance(source, str) and source.startswith("task:"):
+            return [_TaskRows(source)]
         path = Path(source)
         if path.is_dir():
             return self._folder(path)
         if path.exists():
             return [path]
-        raise UserError(f"data source '{source}' does not exist; name a folder, a file, 'stdlib' or 'hub:owner/name'")
+        raise UserError(
+            f"data source '{source}' does not exist; name a folder, a file, 'stdlib', 'hub:owner/name' or 'task:NAME'"
+        )
 
     def _standard_library(self) -> list[Path]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -247,3 +255,15 @@ class _HubRows:
         for number, row in enumerate(self._rows):
             origin = f"hub:{self._name} (row {number})"
             yield from _row(row[self._field], self._field, origin, skipped)
+
+
+class _TaskRows:
+    """Synthetic text about a task."""
+
+    def __init__(self, source: str) -> None:
+        self._worked = WorkedProblems(source)
+
+    def documents(self, _: Skipped) -> Iterator[Document]:
+        """Problems with answers, some with thoughts between think tags, which are tokens."""
+        for text, origin in self._worked.documents():
+            yield Document(text, origin, marked=True)

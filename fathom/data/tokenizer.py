@@ -110,9 +110,10 @@ class Tokenizer:
         except TypeError:
             raise UserError("text: holds half of a surrogate pair, which is no character; remove it") from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode(text)` of each, on all cores (the library's own threads; `RAYON_NUM_THREADS` limits them)."""
-        encodings = self.plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self.backend if special else self.plain_backend
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

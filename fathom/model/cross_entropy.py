@@ -26,7 +26,7 @@ Log-probabilities of single tokens
 ----------------------------------
 Reinforcement learning weights each token by what its own log-probability turns out to be, so no gradient can be made on
 the way forward. `logprobs_and_entropy` makes a chunk's logits again in backward: four products instead of three, but
-only for tokens that a gradient reaches. Prompts, groups whose rewards are all equal and clipped tokens are none of them.
+only for tokens that a gradient reaches. Prompts, groups of equal rewards and clipped tokens are none of them.
 
 Its logits are float32 products (of values that have hidden's precision): rounding a logit of 20 to bfloat16 moves the
 log-probability by up to 0.06, which is more than the gap between sampler and trainer that the ratio should show

@@ -31,7 +31,7 @@ def texts_of(dataset: TokenDataset, split: str) -> list[str]:
 
 def test_every_document_is_stored_once_and_whole(dataset: TokenDataset, corpus_folder: Path) -> None:
     """Both splits together decode to exactly the corpus, and the manifest's counts are those of the text."""
-    expected = [text for text, _ in Corpus([corpus_folder]).documents(Skipped())]
+    expected = [text for text, *_ in Corpus([corpus_folder]).documents(Skipped())]
     train, heldout = texts_of(dataset, "train"), texts_of(dataset, "heldout")
     assert sorted(train + heldout) == sorted(expected)
     assert 5 <= len(heldout) <= 30

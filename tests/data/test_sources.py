@@ -15,7 +15,7 @@ from fathom.errors import UserError
 
 def read(*sources: str | Path, **options: str) -> tuple[list[str], Skipped]:
     skipped = Skipped()
-    return [text for text, _ in Corpus(sources, **options).documents(skipped)], skipped
+    return [text for text, *_ in Corpus(sources, **options).documents(skipped)], skipped
 
 
 def test_folders_are_read_recursively_in_a_fixed_order(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_file_that_vanishes_midway_is_skipped(tmp_path: Path) -> None:
     documents = Corpus([tmp_path]).documents(skipped)
     assert next(documents).text == "a"
     (tmp_path / "b").unlink()
-    assert [text for text, _ in documents] == ["c"]
+    assert [text for text, *_ in documents] == ["c"]
     assert skipped.examples == {"vanished": [str(tmp_path / "b")]}
 
 
@@ -145,12 +145,12 @@ def test_long_files_become_several_documents_that_join_to_the_file(tmp_path: Pat
 def test_the_standard_library_is_python_source_without_installed_packages() -> None:
     """`stdlib` yields this Python's own modules, twice the same, and nothing from site-packages."""
     corpus = Corpus(["stdlib"])
-    names = [origin for _, origin in corpus.documents(Skipped())]
+    names = [origin for _, origin, _ in corpus.documents(Skipped())]
     root = sysconfig.get_path("stdlib")
     assert any(name == os.path.join(root, "argparse.py") for name in names)
     assert not any("-packages" in name for name in names)
     assert all(name.startswith(root) and ".py" in name for name in names)
-    assert [origin for _, origin in Corpus(["stdlib"]).documents(Skipped())] == names
+    assert [origin for _, origin, _ in Corpus(["stdlib"]).documents(Skipped())] == names
 
 
 @pytest.mark.parametrize("sources", [["/no/such/folder"], ["stdlib", "stdlibb"], []])
