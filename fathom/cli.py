@@ -14,13 +14,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fathom
 from fathom.errors import UserError, nearest
 from fathom.options import add_model, open_for_text, open_model, positive, say_opening
 from fathom.serve.command import add_service, serve
 from fathom.tasks.command import add_tasks
+
+if TYPE_CHECKING:
+    from fathom.config.recipe import Recipe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,8 +43,8 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """As argparse does; of a recipe's fields it says where to find them."""
-        if self.get_default("takes_overrides"):
-            self.epilog = _sections()
+        if kind := self.get_default("takes_overrides"):
+            self.epilog = _sections(kind)
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
@@ -128,8 +131,8 @@ def _run(words: list[str]) -> int:
     parser, verbs = _build_parser()
     _refuse_unknown_command(words, parser)
     overrides: list[str] = []
-    if words and words[0] in verbs and verbs[words[0]].get_default("takes_overrides"):
-        overrides, words = _take_overrides(words, verbs[words[0]].flags)
+    if words and words[0] in verbs and (kind := verbs[words[0]].get_default("takes_overrides")):
+        overrides, words = _take_overrides(words, verbs[words[0]].flags, kind)
     options, rest = parser.parse_known_args(words)
     if rest:
         verb = options.parser
@@ -149,7 +152,7 @@ def _refuse_unknown_command(words: list[str], parser: _Parser) -> None:
         parser = known[word]
 
 
-def _take_overrides(words: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+def _take_overrides(words: list[str], flags: list[str], kind: str) -> tuple[list[str], list[str]]:
     """Split off the `--section.field value` pairs, wherever they stand: (pairs, the command's own words)."""
     pairs, own, rest = [], [], list(words)
     while rest:
@@ -159,20 +162,30 @@ def _take_overrides(words: list[str], flags: list[str]) -> tuple[list[str], list
             own.append(word)
             continue
         if "." not in name:
-            _refuse_unknown_flag(name, flags)
+            _refuse_unknown_flag(name, flags, _recipe_kind(kind))
         pairs.append(word)
         if not equals and rest and not rest[0].startswith("--"):
             pairs.append(rest.pop(0))
     return pairs, own
 
 
-def _refuse_unknown_flag(name: str, flags: list[str]) -> None:
+def _recipe_kind(name: str) -> "type[Recipe]":
+    """What a command's recipe is."""
+    if name == "rl":
+        from fathom.config.rl import RLRecipe
+
+        return RLRecipe
+    from fathom.config import PretrainRecipe
+
+    return PretrainRecipe
+
+
+def _refuse_unknown_flag(name: str, flags: list[str], kind: "type[Recipe]") -> None:
     """A flag without a section is a typo, unless the recipe has a field of that name."""
-    from fathom.config.recipe import PretrainRecipe
     from fathom.config.section import field_paths
 
-    if name[2:].replace("-", "_") not in PretrainRecipe.model_fields:
-        known = {f"--{field}": f"--{path}" for field, path in field_paths(PretrainRecipe).items()}
+    if name[2:].replace("-", "_") not in kind.model_fields:
+        known = {f"--{field}": f"--{path}" for field, path in field_paths(kind).items()}
         shortened = [flag for flag in flags if flag.startswith(name)]
         raise UserError(f"unknown flag '{name}'{nearest(name, shortened or [*flags, *known], shown=known)}")
 
@@ -180,23 +193,27 @@ def _refuse_unknown_flag(name: str, flags: list[str]) -> None:
 def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="fathom", description="Train, serve and understand DeepSeek-V3-style language models.")
     parser.add_argument("--version", action="version", version=_version())
-    parser.set_defaults(run=lambda _: parser.print_help(), takes_overrides=False, parser=parser)
+    parser.set_defaults(run=lambda _: parser.print_help(), takes_overrides="", parser=parser)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    def verb(name: str, run, help: str, *, of=verbs, overrides: bool = False) -> _Parser:
+    def verb(name: str, run, help: str, *, of=verbs, overrides: str = "") -> _Parser:
         added = of.add_parser(name, help=help, description=help + (_OVERRIDES if overrides else "."))
         added.set_defaults(run=run, takes_overrides=overrides, parser=added)
         return added
 
-    run = verb("quickstart", _quickstart, "train a small DeepSeek-V3 on real text and let it write", overrides=True)
+    run = verb(
+        "quickstart", _quickstart, "train a small DeepSeek-V3 on real text and let it write", overrides="pretrain"
+    )
     run.add_argument("--fresh", action="store_true", help="start over instead of continuing an interrupted run")
 
-    run = verb("pretrain", _pretrain, "train a model from a recipe", overrides=True)
-    run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
-    run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
-    run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
-    run.add_argument("--accept-changes", action="store_true", help="resume although the recipe computes something else")
-    run.add_argument("--dry-run", action="store_true", help="print every field and what the run will take, and stop")
+    pretrained = verb("pretrain", _pretrain, "train a model from a recipe", overrides="pretrain")
+    learnt = verb("rl", _rl, "teach a model by rewards that a rule gives, as R1-Zero was", overrides="rl")
+    for run in (pretrained, learnt):
+        run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
+        run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+        run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
+        run.add_argument("--accept-changes", action="store_true", help="resume although the recipe has changed")
+        run.add_argument("--dry-run", action="store_true", help="print every field of the recipe, and stop")
 
     data = verb("data", lambda _: data.print_help(), "build and check token shards")
     data_verbs = data.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
@@ -256,15 +273,17 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
 _OVERRIDES = ". Every field of the recipe can be changed: --section.field value; 'none' unsets an optional one."
 
 
-def _sections() -> str:
+def _sections(kind: str) -> str:
     """Where the fields of a recipe are listed, for the end of a command's help."""
-    from fathom.config import PRESETS, PretrainRecipe, Section
+    from fathom.config import PRESETS, Section
+    from fathom.config.policy import PRESETS as LOSSES
 
-    fields = PretrainRecipe.model_fields.items()
+    fields = _recipe_kind(kind).model_fields.items()
     sections = [name for name, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)]
+    where, presets = ("loss", LOSSES) if kind == "rl" else ("model", PRESETS)
     return (
-        "'fathom pretrain RECIPE --dry-run' lists every field with its value and a sentence about it. Sections: "
-        f"{', '.join(sections)}; and --name, --seed. Presets for --model.preset: {', '.join(PRESETS)}."
+        f"'fathom {kind} RECIPE --dry-run' lists every field with its value and a sentence about it. Sections: "
+        f"{', '.join(sections)}; and --name, --seed. Presets for --{where}.preset: {', '.join(presets)}."
     )
 
 
@@ -289,6 +308,19 @@ def _pretrain(options: argparse.Namespace) -> int:
         dry_run(recipe)
     else:
         pretrain(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
+    return 0
+
+
+def _rl(options: argparse.Namespace) -> int:
+    from fathom.config import explain_recipe, read_recipe
+    from fathom.config.rl import RLRecipe
+    from fathom.train.rl import train_rl
+
+    recipe = read_recipe(options.recipe, options.overrides, RLRecipe)
+    if options.dry_run:
+        print(explain_recipe(recipe))
+    else:
+        train_rl(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
     return 0
 
 

@@ -74,3 +74,7 @@ def cispo() -> PolicyLoss:
     The paper tunes the upper limit alone and does not print it: 0.2, and 10 below (no limit), are verl's defaults.
     """
     return PolicyLoss(objective="cispo", clip_low=10.0, clip_high=0.2, normalisation="token")
+
+
+PRESETS = {"r1": r1, "dapo": dapo, "dr_grpo": dr_grpo, "gspo": gspo, "cispo": cispo}
+"""The published combinations by name."""

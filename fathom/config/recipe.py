@@ -8,7 +8,7 @@ import re
 import tomllib
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -168,23 +168,19 @@ class EvalSection(Section):
     """0 takes the most likely token."""
 
 
-class PretrainRecipe(Section):
-    """Everything a pre-training run is."""
+class Recipe(Section):
+    """What every run has."""
+
+    FREE_TO_CHANGE: ClassVar[tuple[str, ...]]
+    """Fields and sections that do not enter the arithmetic: they may change when a run is resumed."""
+    FIXED: ClassVar[tuple[str, ...]]
+    """Fields and sections that no one can insist on: weights, optimizer state or the place in the data would not
+    fit."""
 
     name: str
     """The run's folder is `runs/<name>`: at most 100 letters, digits, `-`, `_` and `.`."""
     seed: int = Field(default=1, ge=0, le=2**63 - 1)
     """Seed of weights, data order and samples."""
-    model: ModelConfig
-    """A config, or `preset = "…"` with fields to change; `"none"` unsets an optional field of the preset."""
-    data: DataSection = DataSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
-    balance: BalanceSection = BalanceSection()
-    mtp: MTPSection = MTPSection()
-    train: TrainSection = TrainSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    eval: EvalSection = EvalSection()
 
     @field_validator("name")
     @classmethod
@@ -195,6 +191,31 @@ class PretrainRecipe(Section):
                 "a digit or '_'"
             )
         return name
+
+
+class PretrainRecipe(Recipe):
+    """Everything a pre-training run is."""
+
+    # The data themselves are compared by fingerprint; the number of threads and compilation may change the last bit of
+    # a sum, not what is being computed.
+    FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
+        "name", "train.threads", "train.compile", "train.max_bad_steps", "checkpoint", "eval", "data.path",
+        "data.sources", "data.vocab_size",
+    )  # fmt: skip
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "model", "seed", "data.sequence_length", "data.fim_rate", "optimizer.name", "optimizer.state_dtype",
+    )  # fmt: skip
+
+    model: ModelConfig
+    """A config, or `preset = "…"` with fields to change; `"none"` unsets an optional field of the preset."""
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    balance: BalanceSection = BalanceSection()
+    mtp: MTPSection = MTPSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -225,8 +246,11 @@ class PretrainRecipe(Section):
         return self
 
 
-def read_recipe(path: Path, overrides: list[str]) -> PretrainRecipe:
-    """The recipe in a TOML file, changed by `--section.field value` pairs. Raises `UserError`.
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def read_recipe(path: Path, overrides: list[str], kind: type[AnyRecipe] = PretrainRecipe) -> AnyRecipe:
+    """The recipe of a `kind` in a TOML file, changed by `--section.field value` pairs. Raises `UserError`.
 
     In both, the text `none` unsets an optional field (TOML has no null): `--model.q_lora_rank none`.
     """
@@ -242,16 +266,16 @@ def read_recipe(path: Path, overrides: list[str]) -> PretrainRecipe:
         raise UserError(f"{path}: not valid TOML ({error})") from None
     flags = {key.replace("-", "_"): text for key, text in _pairs(overrides)}
     for key, text in flags.items():
-        _set(values, key, text)
-    return PretrainRecipe.parse(_unset(values, PretrainRecipe), where=str(path), flags=flags)
+        _set(values, key, text, kind)
+    return kind.parse(_unset(values, kind), where=str(path), flags=flags)
 
 
-def dump_recipe(recipe: PretrainRecipe) -> str:
+def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every field written out."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-def explain_recipe(recipe: PretrainRecipe) -> str:
+def explain_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with the sentence of every field behind it; optional fields that are unset are `"none"`."""
     return "\n".join(_explain_section(recipe, "")) + "\n"
 
@@ -321,10 +345,10 @@ def _unset(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
     return result
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
+def _set(values: dict[str, Any], key: str, text: str, kind: type[Recipe]) -> None:
     *parents, field = path = key.replace("-", "_").split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"'--{key}': '{parent}' is not a section")
-    values[field] = _value(text, field_type(PretrainRecipe, path))
+    values[field] = _value(text, field_type(kind, path))

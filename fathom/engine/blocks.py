@@ -75,6 +75,13 @@ class BlockPool:
             pages.append(page)
         return pages
 
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """`pages`, which somebody holds; each is held once more."""
+        for page in pages:
+            assert self._holders[page] > 0, f"{page=}"
+            self._holders[page] += 1
+        return list(pages)
+
     def take(self) -> int | None:
         """A page with one holder, its content undefined; None when all are held."""
         if self._free:

@@ -8,6 +8,11 @@ of them, draw, deliver. Sequences join and leave between any two steps. What a s
   long prompt never keeps the others waiting for longer. Prompts are cut at multiples of that number, whatever else is
   under way, so that every call of the model has the same shape for them.
 
+Requests with one prompt that come together (a group of samples) read it once: the first reads, the others wait for that
+and begin with what it has read, whole pages being shared and the last one copied. Only the prompt's last token, whose
+logits each of them draws from, is computed by all. The reader may be any that runs and has the prompt, so nothing is
+lost with one that is cancelled; where none runs any more, the next in line reads again.
+
 Memory is pages. A request is taken in when there are pages for its prompt; when writing needs more than there are, the
 youngest sequence gives all of its pages back and reads its text again later. Nothing of what is delivered changes by
 that: kernels compute a token alike whatever stands beside it, and the n-th draw of a request depends on its seed and n
@@ -76,6 +81,8 @@ class EngineSettings(Section):
     text. `int8` rounds activations too; `fp8` does not, and keeps the numbers of a folder that is in FP8 already."""
     speculate: bool = True
     """Draft with the model's multi-token-prediction module, if it has one."""
+    record_routes: bool = False
+    """Give with every output the experts that computed its tokens (`Chunk.routes`), to be replayed by a trainer."""
 
 
 class BuiltinTicket:
@@ -103,10 +110,11 @@ class Engine:
                 f"context {settings.context} is more than the {config.max_position_embeddings} tokens of the model"
             )
         self.context = settings.context or config.max_position_embeddings
-        speculates = settings.speculate and config.num_nextn_predict_layers > 0
-        model = dense_decoder(packed(model, settings.weights))
-        dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-        one_page = PagedCache(config, pages=1, dtype=dtype, mtp_layers=int(speculates)).nbytes()
+        if settings.record_routes and not model.routers:
+            raise UserError("record_routes: this model has no experts to choose from; leave it out")
+        self._config, self._dtype = config, _dtype_of(model)
+        self._speculates = settings.speculate and config.num_nextn_predict_layers > 0
+        one_page = self._new_cache(pages=1).nbytes()
         pages = settings.cache_memory // one_page
         if pages < 2:
             least = math.ceil(2 * one_page / 1e6) / 1e3
@@ -115,12 +123,11 @@ class Engine:
             )
         # Nobody can ever hold more: memory that would stay untouched need not be asked for.
         pages = min(pages, settings.max_running * -(-self.context // PAGE))
-        self._cache = PagedCache(config, pages=pages, dtype=dtype, mtp_layers=int(speculates))
+        self._cache = self._new_cache(pages)
         self.bytes_per_token = one_page // PAGE
         """Of the cache, over all layers."""
         self._vocab_size = config.vocab_size
-        self._pool = BlockPool(pages)
-        self._stepper = Stepper(model, self._cache, self._pool, speculates=speculates)
+        self._answer_with(model)
         self.think_tags = find_think_tags(tokenizer, config.vocab_size)
         """How the model writes its thoughts, or None."""
         self._compiler = functools.cache(lambda: GrammarCompiler(tokenizer, config.vocab_size))
@@ -141,6 +148,32 @@ class Engine:
         self._thread.start()
         # A thread that is inside of the kernels when the interpreter ends would take the process down with it.
         atexit.register(self.close)
+
+    def load_weights(self, model: Transformer) -> None:
+        """Answer with the numbers that `model` has now, the same architecture as before, and forget cached prefixes.
+
+        The engine copies what it uses: a trainer may change its weights at any time, and nothing follows from it before
+        the next call of this. Packing takes as long as when the engine was made; requests submitted meanwhile wait, and
+        memory holds old and new weights until it is done. Raises `UserError` while requests are unfinished, and for a
+        model of another shape or dtype.
+        """
+        with self._lock:
+            if self._closing:
+                raise UserError("this engine is closed; make another one")
+            if self._unfinished:
+                raise UserError(
+                    f"load_weights: {self._unfinished} requests are unfinished; wait for them, or cancel them"
+                )
+            different = [name for name, value in self._config if getattr(model.config, name) != value]
+            if different:
+                raise UserError(f"load_weights: another model (in {', '.join(different)}); make an engine for it")
+            if _dtype_of(model) is not self._dtype:
+                raise UserError(
+                    f"load_weights: the model computes in {_dtype_of(model)} and the engine in {self._dtype}; "
+                    "set the model's compute_dtype, or make an engine for it"
+                )
+            self._answer_with(model)
+        release_threads()  # the caller's, which have packed
 
     def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> BuiltinTicket:
         """Queue `request`; `deliver` is called from the engine's thread and must return at once.
@@ -266,6 +299,21 @@ class Engine:
             )
         return replace(request, prompt_ids=prompt_ids, max_tokens=min(max_tokens, most - length))
 
+    def _new_cache(self, pages: int) -> PagedCache:
+        return PagedCache(
+            self._config,
+            pages=pages,
+            dtype=self._dtype,
+            mtp_layers=int(self._speculates),
+            routes=self._settings.record_routes,
+        )
+
+    def _answer_with(self, model: Transformer) -> None:
+        """Compute by the numbers of `model`, with nothing remembered that others have computed."""
+        fast = dense_decoder(packed(model, self._settings.weights))
+        self._pool = BlockPool(self._cache.pages)
+        self._stepper = Stepper(fast, self._cache, self._pool, speculates=self._speculates)
+
     # ------------------------------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
@@ -303,25 +351,46 @@ class Engine:
             yield self._arrived.get()
 
     def _take_in(self) -> None:
-        """Drop who has cancelled; start who waits, in order, while there is room."""
+        """Drop who has cancelled, and start who waits."""
         self._waiting.extend(self._drain_arrived())
         for sequence in [s for s in (*self._running, *self._waiting) if s.cancelled]:
             self._cancel(sequence)
-        while self._waiting and len(self._running) < self._settings.max_running:
-            sequence = self._waiting[0]
-            sequence.adopt_prefix(self._pool)
-            # A page more than the text needs, or it would be the first to give all back.
-            if sequence.pages_missing(len(sequence.tokens) + 1) > self._pool.available - self._reserve():
-                sequence.release(self._pool)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Start who waits, in order, while there is room; those whose prompt is just being read, when it has been."""
+        if not self._waiting:
+            return
+        readers: dict[tuple[str, bytes], Sequence] = {}
+        for sequence in sorted(self._running, key=lambda running: running.computed):
+            readers[sequence.prompt_key] = sequence
+        for sequence in list(self._waiting):
+            reader = readers.get(sequence.prompt_key)
+            if reader is not None and not reader.has_read_prompt:
+                continue
+            if len(self._running) >= self._settings.max_running or not self._start(sequence, reader):
                 return
-            if not sequence.admitted:
-                sequence.admitted = True
-                self._statistics = replace(
-                    self._statistics,
-                    prompt_tokens=self._statistics.prompt_tokens + sequence.prompt_length,
-                    cached_tokens=self._statistics.cached_tokens + sequence.computed,
-                )
-            self._running.append(self._waiting.popleft())
+            readers.setdefault(sequence.prompt_key, sequence)
+
+    def _start(self, sequence: Sequence, reader: Sequence | None) -> bool:
+        """Let it run, from where `reader` has read its prompt to; False where there is no room."""
+        sequence.adopt_prefix(self._pool, reader)
+        # A page more than the text needs, or it would be the first to give all back.
+        if sequence.pages_missing(len(sequence.tokens) + 1) > self._pool.available - self._reserve():
+            sequence.release(self._pool)
+            return False
+        if reader is not None:
+            sequence.copy_prompt_end(reader, self._pool, self._cache)
+        if not sequence.admitted:
+            sequence.admitted, sequence.output.cached = True, sequence.computed
+            self._statistics = replace(
+                self._statistics,
+                prompt_tokens=self._statistics.prompt_tokens + sequence.prompt_length,
+                cached_tokens=self._statistics.cached_tokens + sequence.computed,
+            )
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        return True
 
     def _reserve(self) -> int:
         """Pages that running sequences still lack for their known texts."""
@@ -337,11 +406,14 @@ class Engine:
             _log.exception("a step of the engine failed")
             for item in work:
                 item.sequence.end("error", f"{type(error).__name__} in the engine")
-        for item in work:
-            if item.sequence.finished:
-                self._let_go(item.sequence)
+        finished = [item.sequence for item in work if item.sequence.finished]
+        if finished:
+            self._start_waiting()  # those who end still hold what others may begin with
+        for sequence in finished:
+            self._let_go(sequence)
         self._statistics = replace(
             self._statistics,
+            read_tokens=self._statistics.read_tokens + counts.read,
             completion_tokens=self._statistics.completion_tokens + counts.drawn,
             drafted_tokens=self._statistics.drafted_tokens + counts.drafted,
             accepted_tokens=self._statistics.accepted_tokens + counts.accepted,
@@ -411,6 +483,11 @@ class Engine:
             waiting=len(self._waiting) + self._arrived.qsize(),
             cache_blocks_used=self._pool.used,
         )
+
+
+def _dtype_of(model: Transformer) -> torch.dtype:
+    """Of the activations."""
+    return model.compute_dtype or model.model.embed_tokens.weight.dtype
 
 
 def _listed(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:

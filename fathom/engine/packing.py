@@ -1,7 +1,10 @@
 """A model made ready for the engine: the same modules, with weights packed for the kernels.
 
 `packed` walks a model and puts, in the place of every module that has a faster form, that form around the same numbers.
-What the kernels cannot take (an odd width, no compiler on the machine) stays as it is.
+What the kernels cannot take (an odd width, no compiler on the machine) is computed by modules like the model's own.
+
+The numbers are copies, all of them: norms, embeddings and the router's bias too. A trainer that moves its weights while
+an engine writes with them changes nothing of what is written, until it hands them over (`Engine.load_weights`).
 """
 
 import copy
@@ -15,7 +18,7 @@ from fathom.errors import UserError
 from fathom.kernels import ops
 from fathom.kernels.panels import DTYPES, Packed, Rounding, pack
 from fathom.model.attention import GQA, MLA
-from fathom.model.layers import FeedForward, Linear, RMSNorm
+from fathom.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from fathom.model.moe import Experts, Router, Routing
 from fathom.model.transformer import Transformer
 
@@ -65,7 +68,7 @@ class KernelRMSNorm(nn.Module):
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight.detach().float().contiguous(), norm.eps
+        self.weight, self.eps = norm.weight.detach().to(torch.float32, copy=True).contiguous(), norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
@@ -77,7 +80,8 @@ class PackedRouter(Router):
 
     def __init__(self, router: Router, weight: Packed) -> None:
         nn.Module.__init__(self)
-        self.__dict__ |= copy.copy(router).__dict__
+        self.__dict__ |= router.__dict__
+        del self._parameters["weight"]
         self.packed = weight
 
     def logits(self, x: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class PackedMLA(MLA):
 
 
 def packed(model: Transformer, weights: Weights = "as loaded") -> Transformer:
-    """`model` with packed weights, in the dtype of its activations; it keeps no reference to what it could pack.
+    """`model` with packed weights, in the dtype of its activations; it shares no tensor with the model.
 
     Raises `UserError` where weights are to be rounded and the machine has no kernels for it; warns of those that stay.
     """
@@ -133,9 +137,7 @@ def packed(model: Transformer, weights: Weights = "as loaded") -> Transformer:
             f"{weights} weights need a C++ compiler and a model in bfloat16 on the CPU; "
             "install g++, use --dtype bfloat16"
         )
-    if not ops.usable(sample):
-        return model
-    clone = _Packer(dtype, rounding).clone(model)
+    clone = _Packer(dtype, rounding, has_kernels=ops.usable(sample)).clone(model)
     clone.eval()
     if rounding:
         _say_what_stays(clone, rounding)
@@ -170,16 +172,20 @@ def _dtypes_of_matrices(module: nn.Module) -> list[torch.dtype]:
 
 
 class _Packer:
-    def __init__(self, dtype: torch.dtype, rounding: Rounding | None) -> None:
-        self.dtype, self.rounding = dtype, rounding
+    def __init__(self, dtype: torch.dtype, rounding: Rounding | None, *, has_kernels: bool) -> None:
+        self.dtype, self.rounding, self.has_kernels = dtype, rounding, has_kernels
+        self._copies: dict[int, nn.Parameter] = {}
+        """By the id of the original: tied weights stay tied."""
 
     def clone(self, module: nn.Module) -> nn.Module:
-        """A copy of the tree that shares every tensor which is not packed."""
-        faster = self._faster(module)
+        """A copy of the tree, packed or not, that shares no tensor."""
+        faster = self._faster(module) if self.has_kernels else None
         if faster is not None:
             return faster
-        clone = copy.copy(module)
+        clone = self._copied(module)
         clone._modules = {name: None if child is None else self.clone(child) for name, child in module._modules.items()}
+        if not self.has_kernels:
+            return clone
         if isinstance(module, MLA):
             return self._with_absorbed(clone, module)
         if isinstance(module, GQA):
@@ -188,17 +194,34 @@ class _Packer:
             clone.lm_head.wide = True
         return clone
 
+    def _copied(self, module: nn.Module) -> nn.Module:
+        """A copy of the module itself with tensors of its own and the same children."""
+        clone = copy.copy(module)
+        # What is rounded whenever it is used may as well be kept so.
+        dtype = self.dtype if isinstance(module, Linear | Embedding) else None
+        clone._parameters = {name: self._copy(parameter, dtype) for name, parameter in module._parameters.items()}
+        clone._buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
+        return clone
+
+    def _copy(self, parameter: nn.Parameter | None, dtype: torch.dtype | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        if id(parameter) not in self._copies:
+            copied = parameter.detach().to(dtype or parameter.dtype, copy=True)
+            self._copies[id(parameter)] = nn.Parameter(copied, requires_grad=False)
+        return self._copies[id(parameter)]
+
     def _faster(self, module: nn.Module) -> nn.Module | None:
         """The faster form of a module that has one here."""
         if isinstance(module, RMSNorm):
             return KernelRMSNorm(module)
         if isinstance(module, Linear):
             weight = self._pack(module.weight)
-            bias = None if module.bias is None else module.bias.detach().to(self.dtype)
+            bias = None if module.bias is None else module.bias.detach().to(self.dtype, copy=True)
             return None if weight is None else PackedLinear(weight, bias)
         if isinstance(module, Router):
             weight = pack(module.weight.detach().float())
-            return None if weight is None else PackedRouter(module, weight)
+            return None if weight is None else PackedRouter(self._copied(module), weight)
         pair = self._gate_up_and_down(module)
         if pair is None:
             return None

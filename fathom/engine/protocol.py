@@ -7,12 +7,15 @@ machine.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from pydantic import Field
 
 from fathom.config.section import Section
 from fathom.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Part = Literal["thinking", "answer"]
@@ -104,7 +107,7 @@ class Usage:
 
     prompt: int = 0
     cached: int = 0
-    """Of the prompt, how many were found in the prefix cache."""
+    """Of the prompt, how many were found in the prefix cache, or read by another request at the same time."""
     completion: int = 0
     """Tokens drawn, thoughts and the end-of-text token included."""
     reasoning: int = 0
@@ -129,6 +132,10 @@ class Chunk:
     """What went wrong, with finish_reason `error`."""
     fault: Fault = "engine"
     """Whose it is: `request` for a grammar that cannot be followed to the end."""
+    routes: "Tensor | None" = field(default=None, compare=False, repr=False)
+    """On the last chunk of a request that ended by `stop` or `length`, where the engine records them: the experts that
+    computed each token, int16 [prompt + completion - 1, mixture-of-experts layers, num_experts_per_tok]. The last token
+    was drawn, but not computed."""
 
 
 class QueueFull(UserError):
@@ -158,6 +165,8 @@ class Statistics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     """Of the drafted ones."""
+    read_tokens: int = 0
+    """Tokens of prompts that were computed, some of them again after memory had run short."""
 
 
 class Engine(Protocol):

@@ -1,6 +1,8 @@
 """A request on its way through the engine."""
 
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from fathom.engine.output import OutputStream
 from fathom.engine.protocol import Chunk, Fault, FinishReason, Request, TokenLogprob
 from fathom.engine.sampling import SamplerState
 from fathom.kernels.ops import PAGE
+from fathom.model.paged import PagedCache
 
 
 class Sequence:
@@ -27,6 +30,8 @@ class Sequence:
     ) -> None:
         self.request, self.sampler, self.output, self.matcher = request, sampler, output, matcher
         self.tokens = list(request.prompt_ids)
+        self.prompt_key = (request.cache_salt, array("q", request.prompt_ids).tobytes())
+        """Equal for those of whom one may read the prompt for all."""
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
         self.pages: list[int] = []
@@ -37,6 +42,8 @@ class Sequence:
         self.admitted = False
         """Whether it has ever run: what it finds in the cache from then on is its own work."""
         self.cancelled = False
+        self.routes: Tensor | None = None
+        """For its last chunk."""
         self._deliver = deliver
         self._outbox: list[Chunk] = []
         self._keys: list[bytes] = []
@@ -52,14 +59,37 @@ class Sequence:
         """Whether the last chunk is out."""
         return self.output.finish_reason is not None
 
-    def adopt_prefix(self, pool: BlockPool) -> None:
-        """Hold the known blocks of what it has to compute; its last token is always computed, for what follows it."""
+    @property
+    def has_read_prompt(self) -> bool:
+        """Whether all of the prompt is in the cache that another with the same prompt can begin with."""
+        return self.computed >= self.prompt_length - 1
+
+    def adopt_prefix(self, pool: BlockPool, reader: "Sequence | None" = None) -> None:
+        """Hold the known blocks of what it has to compute; its last token is always computed, for what follows it.
+
+        All full blocks of the prompt are known if there is a `reader`, which has read the same prompt.
+        """
         self._keys = self._block_keys(self.tokens, self._keys)
         self.pages = pool.find(self._keys[: (len(self.tokens) - 1) // PAGE])
-        self.computed = self._published = len(self.pages) * PAGE
-        self._published //= PAGE
-        if not self.admitted:
-            self.output.cached = self.computed
+        full = (self.prompt_length - 1) // PAGE
+        if reader is not None and len(self.pages) < full:
+            pool.release(self.pages)
+            self.pages = pool.share(reader.pages[:full])
+        self._published = len(self.pages)
+        self.computed = self._published * PAGE
+
+    def copy_prompt_end(self, reader: "Sequence", pool: BlockPool, cache: PagedCache) -> None:
+        """After `adopt_prefix`: begin with a copy of the page on which `reader` has the end of the prompt.
+
+        The page is not shared, because both go on writing on it. There must be one to take.
+        """
+        if self.has_read_prompt:
+            return
+        page = pool.take()
+        assert page is not None, "whoever is let in has room for its text"
+        cache.copy_page(reader.pages[len(self.pages)], page)
+        self.pages.append(page)
+        self.computed = self.prompt_length - 1
 
     def pages_missing(self, length: int) -> int:
         """Pages it lacks for `length` tokens."""
@@ -111,7 +141,7 @@ class Sequence:
         chunks, self._outbox = self._outbox, []
         for chunk in chunks:
             try:
-                self._deliver(chunk)
+                self._deliver(chunk if chunk.finish_reason is None else replace(chunk, routes=self.routes))
             except Exception:  # whoever listened has gone: nobody is left to tell
                 self.cancelled = True
 

@@ -37,6 +37,11 @@ class Work:
         return self.sequence.tokens[self.start : self.stop] + ([] if self.draft is None else [self.draft])
 
     @property
+    def of_prompt(self) -> int:
+        """How many of its tokens are the prompt's."""
+        return max(0, min(self.stop, self.sequence.prompt_length) - self.start)
+
+    @property
     def reaches_end(self) -> bool:
         """Whether a token is drawn after it."""
         return self.stop == len(self.sequence.tokens)
@@ -46,6 +51,8 @@ class Work:
 class Counts:
     """Tokens of a step."""
 
+    read: int = 0
+    """Of prompts."""
     drawn: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -59,7 +66,7 @@ class Stepper:
 
     def step(self, work: list[Work]) -> Counts:
         """Compute `work`, for which sequences have pages, and push what is drawn to the sequences."""
-        counts = Counts()
+        counts = Counts(read=sum(item.of_prompt for item in work))
         # Single tokens go first in a call.
         work = sorted(work, key=lambda item: item.is_stretch)
         hidden = self._hidden(work)
@@ -75,6 +82,8 @@ class Stepper:
             item.sequence.computed = item.stop
         if logits is not None:
             self._draw([item.sequence for item, _ in ends], [item.draft for item, _ in ends], logits, counts)
+        if self._cache.routes is not None:
+            self._keep_routes([item.sequence for item in work])
         if self._speculates:
             self._draft_next(work, first_rows, hidden)
         for item in work:
@@ -85,7 +94,15 @@ class Stepper:
         """Hidden states [T, D] of all tokens of `work`."""
         ids = torch.tensor([token for item in work for token in item.tokens])
         call = self._call([(item.sequence, item.start, len(item.tokens), item.is_stretch) for item in work])
-        return self._model.hidden_states(ids[None], cache=call)[0][0]
+        hidden, reports = self._model.hidden_states(ids[None], cache=call)
+        call.record([report.expert_ids for report in reports])
+        return hidden[0]
+
+    def _keep_routes(self, sequences: list[Sequence]) -> None:
+        """Read the routes of those who have come to their end, while they still hold their pages."""
+        for sequence in sequences:
+            if sequence.output.finish_reason in ("stop", "length"):
+                sequence.routes = self._cache.routes_of(sequence.pages, len(sequence.tokens) - 1)
 
     def _call(self, parts: list[tuple[Sequence, int, int, bool]]) -> PagedCall:
         """The call for (sequence, first position, tokens, is a stretch), stretches last."""

@@ -95,7 +95,7 @@ def _sealed(content: bytes) -> bytes:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether the file ends with the digest of what is before: opening a library that was cut short ends the process."""
+    """Whether the file ends with the digest of what is before it: to open a library that was cut short is to crash."""
     try:
         content = file.read_bytes()
     except OSError:

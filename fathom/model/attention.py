@@ -18,7 +18,6 @@ N nope width, R rotary width, V value width, C latent width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config.model import ModelConfig
@@ -26,7 +25,7 @@ from fathom.model.attention_core import causal_attention
 from fathom.model.cache import LayerCache, Slots
 from fathom.model.forest import Forest
 from fathom.model.layers import Linear, RMSNorm
-from fathom.model.paged import PagedLayer, Stretch
+from fathom.model.paged import PagedLayer
 from fathom.model.rope import rotate, rotate_heads
 
 Rope = tuple[Tensor, Tensor]
@@ -146,9 +145,8 @@ class MLA(nn.Module):
             heads[:singles] = self.expand_values(cache.attend(queries, self.scale))
         for stretch in cache.call.stretches:
             latent, k_rope = cache.read(stretch)[0].squeeze(1).split((self.latent_width, self.rope), dim=-1)
-            q = (_queries_of(stretch, part) for part in (q_nope, q_rope))
-            mixed = self._causal(*q, latent, k_rope).squeeze(0).transpose(0, 1)
-            heads[stretch.start : stretch.stop] = mixed[: stretch.stop - stretch.start]
+            q = (stretch.queries(part) for part in (q_nope, q_rope))
+            stretch.put(self._causal(*q, latent, k_rope), heads)
         return self.o_proj(heads.flatten(1))
 
     def absorb_queries(self, q_nope: Tensor) -> Tensor:
@@ -223,8 +221,7 @@ class GQA(nn.Module):
         if singles := cache.call.singles:
             heads[:singles] = cache.attend(q[:singles], self.scale)
         for stretch in cache.call.stretches:
-            mixed = causal_attention(_queries_of(stretch, q), *cache.read(stretch), self.scale)[0].transpose(0, 1)
-            heads[stretch.start : stretch.stop] = mixed[: stretch.stop - stretch.start]
+            stretch.put(causal_attention(stretch.queries(q), *cache.read(stretch), self.scale), heads)
         return self.o_proj(heads.flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,12 +244,6 @@ class GQA(nn.Module):
         scores = (q @ k.permute(0, 2, 3, 1)) * self.scale
         weights = _softmax(scores.unflatten(2, (share, time)), visible.unsqueeze(2)).flatten(2, 3)
         return (weights @ v.transpose(1, 2)).unflatten(2, (share, time)).reshape(batch, self.heads, time, -1)
-
-
-def _queries_of(stretch: Stretch, q: Tensor) -> Tensor:
-    """The stretch's queries of q [T, H, D], filled up with zeros: [1, H, length + missing, D]."""
-    rows = q[stretch.start : stretch.stop].transpose(0, 1).unsqueeze(0)
-    return F.pad(rows, (0, 0, 0, stretch.missing))
 
 
 def _visible(slots: Slots) -> Tensor:

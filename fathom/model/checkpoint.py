@@ -8,6 +8,7 @@ dtype and place, and filled; block-quantised FP8 weights are dequantised on the 
 Not covered: other quantisations (refused), sliding-window attention (refused), adapters.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -198,7 +199,10 @@ def resolve(path: str | Path) -> Path:
     """The local folder or `.gguf` file that `path` means; a hub name (`owner/model`) is fetched first.
 
     What begins with `.`, `/` or `~`, has two separators, or lies in a folder that exists is a path, never a hub name.
+    `package:NAME` is the one `.gguf` file that an installed Python package carries.
     """
+    if str(path).startswith("package:"):
+        return _in_package(str(path).removeprefix("package:"))
     local = Path(os.path.expanduser(path))
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
@@ -208,6 +212,17 @@ def resolve(path: str | Path) -> Path:
         siblings = {p.name: str(p) for p in local.parent.iterdir()} if local.parent.is_dir() else {}
         raise UserError(f"{path}: no such model folder{nearest(local.name, siblings, shown=siblings)}")
     return _fetch(str(path))
+
+
+def _in_package(name: str) -> Path:
+    """The `.gguf` file in an installed package, which is not imported."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None:
+        raise UserError(f"package:{name}: no such Python package is installed; install the one that carries the model")
+    files = sorted(file for folder in found.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"package:{name}: has {len(files)} .gguf files; name the one that you mean by its path")
+    return files[0]
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -28,13 +28,18 @@ Reinforcement learning weights each token by what its own log-probability turns 
 the way forward. `logprobs_and_entropy` makes a chunk's logits again in backward: four products instead of three, but
 only for tokens that a gradient reaches. Prompts, groups of equal rewards and clipped tokens are none of them.
 
-Its logits are float32 products (of values that have hidden's precision): rounding a logit of 20 to bfloat16 moves the
+Its logits are sums in float32 (of products that have hidden's precision): rounding a logit of 20 to bfloat16 moves the
 log-probability by up to 0.06, which is more than the gap between sampler and trainer that the ratio should show
 (MiniMax-M1, arXiv 2506.13585 §3.2, found the same and keeps its head in float32).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from fathom.kernels import ops
+from fathom.kernels.panels import pack
 
 CHUNK = 256
 
@@ -161,7 +166,7 @@ def logprobs_and_entropy(
         targets: [S] int64, in 0..V-1 or ignore_index.
         temperature: that of the distribution asked about, > 0.
         ignore_index: the target of tokens nothing is asked about.
-        chunk: tokens per chunk; bounds the memory, V * chunk * 12 bytes beside one float32 copy of the weight.
+        chunk: tokens per chunk; bounds the memory, V * chunk * 12 bytes beside one copy of the weight.
 
     Returns:
         (log-probabilities [S], differentiable, each with a gradient of its own; entropies [S] in nats, detached).
@@ -187,9 +192,9 @@ def _token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Returns (log-probabilities, entropies), each [S]."""
     head = _wide_head(weight, hidden)
-    logprobs, entropy = (torch.zeros_like(targets, dtype=head.dtype) for _ in range(2))
+    logprobs, entropy = (torch.zeros_like(targets, dtype=_wide_dtype(hidden)) for _ in range(2))
     for rows in (targets != ignore_index).nonzero().squeeze(1).split(chunk):
-        logits = _tempered_logits(hidden.index_select(0, rows), head, temperature)
+        logits = head(hidden.index_select(0, rows)).div_(temperature)
         below_best = logits.sub_(logits.amax(1, keepdim=True))
         p = torch.softmax(below_best, dim=1)
         best_logprob = p.amax(1).log()
@@ -203,7 +208,7 @@ def _token_logprobs(
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = _wide_dtype(hidden)
     return torch.empty_like(targets, dtype=wide), torch.empty_like(targets, dtype=wide)
 
 
@@ -222,10 +227,10 @@ def _token_logprobs_backward(
     """Returns (dhidden in hidden's type, dweight in weight's): d logprob / d logits = (onehot - p) / temperature."""
     wide_head, head = _wide_head(weight, hidden), weight.to(hidden.dtype)
     dhidden = hidden.new_zeros(hidden.shape if need_dhidden else 0)
-    dweight = wide_head.new_zeros(weight.shape if need_dweight else 0)
+    dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=_wide_dtype(hidden))
     for rows in ((targets != ignore_index) & (dlogprobs != 0)).nonzero().squeeze(1).split(chunk):
         hidden_rows, target = hidden.index_select(0, rows), targets[rows, None]
-        minus_p = torch.softmax(_tempered_logits(hidden_rows, wide_head, temperature), dim=1).neg_()
+        minus_p = torch.softmax(wide_head(hidden_rows).div_(temperature), dim=1).neg_()
         onehot_minus_p = minus_p.scatter_add_(1, target, minus_p.new_ones(target.shape))
         dlogits = onehot_minus_p.mul_(dlogprobs[rows, None] / temperature).to(hidden.dtype)
         if need_dhidden:
@@ -250,13 +255,22 @@ def _(
     return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
-def _wide_head(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The weight with hidden's precision, in float32 (float64 beside float64)."""
-    return weight.to(hidden.dtype).to(torch.promote_types(hidden.dtype, torch.float32))
+def _wide_dtype(hidden: Tensor) -> torch.dtype:
+    """float32, or float64 beside float64."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _tempered_logits(hidden_rows: Tensor, wide_head: Tensor, temperature: float) -> Tensor:
-    return (hidden_rows.to(wide_head.dtype) @ wide_head.t()).div_(temperature)
+def _wide_head(weight: Tensor, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    """The head as a function: rows like hidden's -> logits, products of hidden's precision whose sums are not rounded.
+
+    It is the engine's own product where there are kernels.
+    """
+    rounded = weight.detach().to(hidden.dtype)
+    packed = pack(rounded) if hidden.dtype is torch.bfloat16 and ops.usable(hidden) else None
+    if packed is not None:
+        return lambda rows: ops.linear(rows, packed, wide=True)
+    wide = rounded.to(_wide_dtype(hidden))
+    return lambda rows: rows.to(wide.dtype) @ wide.t()
 
 
 def _save_for_token_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -12,6 +12,10 @@ batch, b rises by γ for experts below the mean load and falls by γ for those a
 f with the plain top-k of the scores; here it counts the experts that were actually chosen, which is what has to
 be balanced (the two agree when bias and groups decide nothing).
 
+**Replay.** Trainer and engine round differently, and for some tokens that turns the choice of an expert, which makes
+their probabilities incomparable. So a choice can be given (rollout routing replay, arXiv 2510.11370): the chosen are
+replaced, their weights are taken from the scores of this pass, and the router keeps its gradient.
+
 Shapes: B batch, T tokens of a sequence, N = B·T tokens, E experts, K experts per token.
 """
 
@@ -44,6 +48,8 @@ class RouterReport(NamedTuple):
     """[E] int64: tokens per expert."""
     balance_loss: Tensor
     """Scalar float32: the sequence-wise loss before its weight α, averaged over sequences."""
+    expert_ids: Tensor
+    """[N, K] int64: the choice for every token."""
 
 
 class Router(nn.Module):
@@ -62,12 +68,13 @@ class Router(nn.Module):
         if self.method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(self.experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Routing:
-        """x [N, hidden] -> the choice for every token."""
+    def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
+        """x [N, hidden] -> the choice for every token; `expert_ids` [N, K] int64 makes it, None leaves it to scores."""
         logits = self.logits(x.float())
         scores = self.affinities(logits) if self.sigmoid else logits.softmax(dim=-1)
-        with torch.no_grad():
-            expert_ids = self._choose(scores)
+        if expert_ids is None:
+            with torch.no_grad():
+                expert_ids = self._choose(scores)
         weights = scores.gather(1, expert_ids)
         if self.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -130,10 +137,10 @@ class MoE(nn.Module):
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared) if shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
-        """x [B, T, hidden] -> (the same shape, the router's report)."""
+    def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> tuple[Tensor, RouterReport]:
+        """x [B, T, hidden] -> (the same shape, the router's report); `expert_ids` [B·T, K] as in `Router.forward`."""
         flat = x.flatten(0, 1)
-        routing = self.gate(flat)
+        routing = self.gate(flat, expert_ids)
         y = self.experts(flat, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)
@@ -143,11 +150,11 @@ class MoE(nn.Module):
 def router_report(routing: Routing, batch: int) -> RouterReport:
     """Load per expert and the sequence-wise balance loss of `batch` sequences (V3 eqs 17–20, α left out)."""
     experts, top_k = routing.scores.shape[1], routing.expert_ids.shape[1]
-    chosen = routing.expert_ids.view(batch, -1)  # [B, T·K]
+    chosen = routing.expert_ids.reshape(batch, -1)  # [B, T·K]
     counts = torch.zeros(batch, experts, dtype=torch.int64, device=chosen.device)
     counts = counts.scatter_add(1, chosen, torch.ones_like(chosen))
     time = chosen.shape[1] // top_k
     frequency = counts * (experts / (top_k * time))  # f: 1 for every expert when balanced
     shares = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
     mean_share = shares.view(batch, time, experts).mean(dim=1)  # P
-    return RouterReport(counts.sum(dim=0), (frequency * mean_share).sum(dim=1).mean())
+    return RouterReport(counts.sum(dim=0), (frequency * mean_share).sum(dim=1).mean(), routing.expert_ids)

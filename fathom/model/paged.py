@@ -3,12 +3,13 @@
 Every layer has a pool of pages [pages, heads, PAGE, width]; a sequence owns a list of page numbers and nothing else, so
 pages can be shared between sequences that begin alike and return to the pool one by one. For latent attention a
 position is one row of width kv_lora_rank + rope, the values being its first part; for grouped-query attention keys and
-values have a pool each.
+values have a pool each. Where routes are recorded, the experts that were chosen for a position lie beside its keys, and
+go wherever these go.
 
 One call of the model may mix single tokens (decoding, verification of drafts) and stretches (parts of prompts): tokens
 of all sequences stand in one row, and a `PagedCall` says of each where it goes and what it sees.
 
-Legend: T tokens of a call, P pages, G key/value heads.
+Legend: T tokens of a call, P pages, G key/value heads, K experts per token.
 """
 
 import functools
@@ -37,18 +38,36 @@ class Stretch:
     """Tokens of the sequence before the stretch."""
 
     @property
-    def missing(self) -> int:
-        """Positions behind the stretch up to the end of its last block of queries.
+    def before(self) -> int:
+        """Positions before the stretch down to the beginning of its first block of queries.
 
-        Attention sums over whole blocks, filled up with zeros: so a token's bits do not depend on where its text ends.
+        Attention takes whole blocks, filled up with zeros: so a token's bits do not depend on where its stretch begins
+        and where its text ends.
         """
+        return self.past % QUERY_BLOCK
+
+    @property
+    def missing(self) -> int:
+        """Positions behind the stretch up to the end of its last block of queries."""
         return -(self.past + self.stop - self.start) % QUERY_BLOCK
+
+    def queries(self, q: Tensor) -> Tensor:
+        """The stretch's own of q [T, H, D], filled up to whole blocks: [1, H, before + length + missing, D]."""
+        rows = q[self.start : self.stop].transpose(0, 1).unsqueeze(0)
+        return F.pad(rows, (0, 0, self.before, self.missing))
+
+    def put(self, mixed: Tensor, heads: Tensor) -> None:
+        """Write what attention made of `queries`, [1, H, before + length + missing, D], to its place in [T, H, D]."""
+        length = self.stop - self.start
+        heads[self.start : self.stop] = mixed[0, :, self.before : self.before + length].transpose(0, 1)
 
 
 class PagedCache:
-    """The pools of all layers, MTP modules' behind the others if asked for."""
+    """The pools of all layers, MTP modules' behind the others if asked for, and routes if they are recorded."""
 
-    def __init__(self, config: ModelConfig, *, pages: int, dtype: torch.dtype, mtp_layers: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, *, pages: int, dtype: torch.dtype, mtp_layers: int = 0, routes: bool = False
+    ) -> None:
         def pool(heads: int, width: int) -> Tensor:
             return torch.zeros(pages, heads, PAGE, width, dtype=dtype)
 
@@ -61,10 +80,29 @@ class PagedCache:
         self.pages = pages
         self.value_width = config.kv_lora_rank or config.dense_head_dim
         self.pools = [pools() for _ in range(config.num_hidden_layers + mtp_layers)]
+        mixtures = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+        shape = (mixtures, pages, PAGE, config.num_experts_per_tok)
+        self.routes = torch.zeros(shape, dtype=torch.int16) if routes else None
+        """[mixture-of-experts layers, pages, PAGE, K] int16, MTP modules' not among them; None where not recorded."""
 
     def nbytes(self) -> int:
         """Bytes of all pools."""
-        return sum(t.nbytes for pair in self.pools for t in pair if t is not None)
+        keys_and_values = sum(t.nbytes for pair in self.pools for t in pair if t is not None)
+        return keys_and_values + (0 if self.routes is None else self.routes.nbytes)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page `target` equal to page `source`, in all layers."""
+        for pool in (pool for pair in self.pools for pool in pair if pool is not None):
+            pool[target] = pool[source]
+        if self.routes is not None:
+            self.routes[:, target] = self.routes[:, source]
+
+    def routes_of(self, pages: list[int], length: int) -> Tensor:
+        """Routes of the first `length` tokens on `pages`: a new tensor int16 [length, mixture-of-experts layers, K]."""
+        assert self.routes is not None, "made without routes"
+        with torch.inference_mode(False):  # those who train on them may keep them for the backward pass
+            found = self.routes[:, torch.tensor(pages)].flatten(1, 2)[:, :length]
+            return found.transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -92,6 +130,11 @@ class PagedCall:
 
     def advance(self, lengths: Tensor | int) -> None:
         """Nothing: whoever owns the sequences counts their tokens."""
+
+    def record(self, expert_ids: list[Tensor]) -> None:
+        """Store the call's routes, [T, K] of every mixture-of-experts layer, if the cache keeps them."""
+        if self.cache.routes is not None:
+            self.cache.routes.flatten(1, 2)[:, self.places] = torch.stack(expert_ids).to(torch.int16)
 
     @functools.cached_property
     def layers(self) -> list["PagedLayer"]:

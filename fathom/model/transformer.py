@@ -6,9 +6,13 @@ two exceptions (stacked experts, MTP modules under `mtp`) are undone in `naming.
 Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.compiler.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,12 +47,16 @@ class DecoderLayer(nn.Module):
         slots: Slots | None = None,
         cache: LayerCache | PagedLayer | None = None,
         forest: Forest | None = None,
+        expert_ids: Tensor | None = None,
     ) -> tuple[Tensor, RouterReport | None]:
-        """x [B, T, D] -> (the same shape, the router's report or None for a dense layer)."""
+        """x [B, T, D] -> (the same shape, the router's report or None for a dense layer).
+
+        `expert_ids` [B·T, K] int64 replaces the choice of a mixture's router.
+        """
         x = x + self.self_attn(self.input_layernorm(x), rope, slots, cache, forest=forest)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            y, report = self.mlp(normed)
+            y, report = self.mlp(normed, expert_ids)
             return x + y, report
         return x + self.mlp(normed), None
 
@@ -88,35 +96,46 @@ class Transformer(nn.Module):
         return self.logits(hidden)
 
     def hidden_states(
-        self, token_ids: Tensor, *, cache: KVCache | PagedCall | None = None, lengths: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        *,
+        cache: KVCache | PagedCall | None = None,
+        lengths: Tensor | None = None,
+        routes: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterReport]]:
         """What the head sees, [B, T, D], and one report per mixture-of-experts layer.
 
         With a cache the tokens continue what it holds; `lengths` [B] says how many of the T tokens of each row are
-        real (the rest is padding on the right), None means all.
+        real (the rest is padding on the right), None means all. `routes` [mixture-of-experts layers, B·T, K] int64
+        replaces what each layer's router would choose for each token (see `fathom.model.moe`).
         """
         x = self.embed(token_ids)
         slots = None if cache is None else cache.slots(token_ids.shape[1])
         rope = self._rope_at(token_ids, None if slots is None else slots.positions)
+        chosen = {} if routes is None else self._by_layer(routes)
         reports = []
         for index, layer in enumerate(self.model.layers):
             if cache is None:
-                x, report = self._run_layer(layer, x, rope)
+                x, report = self._run_layer(layer, x, rope, expert_ids=chosen.get(index))
             else:
-                x, report = layer(x, rope, slots, cache.layers[index])
+                x, report = layer(x, rope, slots, cache.layers[index], expert_ids=chosen.get(index))
             if report is not None:
                 reports.append(report)
         if cache is not None:
             cache.advance(token_ids.shape[1] if lengths is None else lengths)
         return self.model.norm(x), reports
 
-    def forest_states(self, forest: Forest) -> tuple[Tensor, list[RouterReport]]:
-        """What the head sees of every row of `forest`, [S, D], and one report per mixture-of-experts layer."""
+    def forest_states(self, forest: Forest, *, routes: Tensor | None = None) -> tuple[Tensor, list[RouterReport]]:
+        """What the head sees of every row of `forest`, [S, D], and one report per mixture-of-experts layer.
+
+        `routes` [mixture-of-experts layers, S, K] as in `hidden_states`.
+        """
         x = self.embed(forest.token_ids[None])
         rope = self._rope_at(forest.token_ids[None], forest.positions[None])
+        chosen = {} if routes is None else self._by_layer(routes)
         reports = []
-        for layer in self.model.layers:
-            x, report = layer(x, rope, forest=forest)
+        for index, layer in enumerate(self.model.layers):
+            x, report = layer(x, rope, forest=forest, expert_ids=chosen.get(index))
             if report is not None:
                 reports.append(report)
         return self.model.norm(x)[0], reports
@@ -150,6 +169,9 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the decoder layer's cache-free forward: once per kind of layer, not once per layer."""
+        # What is compiled is kept on disk under a key that knows operators by name alone: a graph that calls one of
+        # ours as it used to be would be taken for one of today.
+        torch.compiler.config.cache_key_tag = f"fathom {_digest_of_operators()}"
         self._run_layer = torch.compile(DecoderLayer.forward, dynamic=False)
 
     @property
@@ -185,8 +207,22 @@ class Transformer(nn.Module):
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
+    def _by_layer(self, routes: Tensor) -> dict[int, Tensor]:
+        """`routes` [mixtures, N, K] by the index of their layer."""
+        mixtures = [index for index, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoE)]
+        assert len(routes) == len(mixtures), f"{routes.shape=} {mixtures=}"
+        return dict(zip(mixtures, routes, strict=True))
+
     def _rope_at(self, token_ids: Tensor, positions: Tensor | None) -> Rope:
         if positions is None:
             positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
         frequencies, factor = self._rope
         return rope_tables(positions, frequencies.to(positions.device), factor)
+
+
+@functools.cache
+def _digest_of_operators() -> str:
+    """Changes with the source of what compiled graphs may call."""
+    package = Path(__file__).parents[1]
+    files = [file for room in ("model", "kernels") for file in sorted((package / room).glob("*.py"))]
+    return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()[:16]

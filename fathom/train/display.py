@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal."""
 BAR_WIDTH = 16
-ALWAYS = ("step", "loss", "tokens_per_second", "left")
+ALWAYS = ("step", "loss", "reward", "tokens_per_second", "left")
 """What a narrow terminal keeps of a step's line, dearest first."""
 
 
@@ -92,6 +92,14 @@ def _words(values: dict[str, Any]) -> dict[str, str]:
         "mtp_loss": "MTP loss {:.3f}".format,
         "mtp_acceptance": "MTP accepts {:.0%}".format,
         "ema_loss": "averaged weights {:.3f}".format,
+        "pass@1": "pass@1 {:.3f}".format,
+        "reward": "reward {:.3f}".format,
+        "accuracy": "accuracy {:.2f}".format,
+        "thought_tokens": "{:.0f} tokens of thought".format,
+        "truncated": "{:.0%} cut off".format,
+        "kl_sampler": "engine gap {:.1e}".format,
+        "entropy": "entropy {:.2f}".format,
+        "level": "level {:.0f}".format,
     }
     return {key: write(values[key]) for key, write in formats.items() if values.get(key) is not None}
 

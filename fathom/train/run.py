@@ -19,18 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fathom.config import PretrainRecipe, dump_recipe
+from fathom.config.recipe import Recipe
 from fathom.data.dataset import is_data_folder
 from fathom.errors import UserError
 from fathom.model.checkpoint import resolve
-from fathom.train.schedule import full_micro_batches, lr_at
+from fathom.train.schedule import constant_lr_at, full_micro_batches, lr_at
 from fathom.train.state import checkpoints, damage, read_checkpoint_recipe, sweep
 
-FREE_TO_CHANGE = ("name", "train.threads", "train.compile", "train.max_bad_steps", "checkpoint", "eval", "data.path",
-                  "data.sources", "data.vocab_size")  # fmt: skip
-"""Fields and sections that do not enter the arithmetic. (The data themselves are compared by fingerprint; the number
-of threads and compilation may change the last bit of a sum, not what is being computed.)"""
-FIXED = ("model", "seed", "data.sequence_length", "data.fim_rate", "optimizer.name", "optimizer.state_dtype")
-"""Fields and sections that no one can insist on: weights, optimizer state or the place in the data would not fit."""
 LOCK = ".lock"
 """File in a run's folder; locked, not merely present, while a process trains there."""
 
@@ -103,7 +98,7 @@ def run_folder(folder: Path) -> Iterator[RunFolder]:
 
 def find_checkpoint(
     run: RunFolder,
-    recipe: PretrainRecipe,
+    recipe: Recipe,
     *,
     resume: bool,
     overwrite: bool,
@@ -135,7 +130,7 @@ def find_checkpoint(
     return checkpoint
 
 
-def begin_run(run: RunFolder, recipe: PretrainRecipe, *, overwrite: bool) -> None:
+def begin_run(run: RunFolder, recipe: Recipe, *, overwrite: bool) -> None:
     """Write the recipe, and clear the folder of what a killed run left, or with `overwrite` of everything else.
 
     Raises `UserError` when the disk refuses; an older run is then still there.
@@ -200,11 +195,11 @@ def model_folder(path: str | Path) -> Path:
     return resolve(path)
 
 
-def changed_fields(before: PretrainRecipe, now: PretrainRecipe) -> list[str]:
+def changed_fields(before: Recipe, now: Recipe) -> list[str]:
     """Names of the fields that differ and enter the arithmetic; `train.steps` does, by the shares of the schedule."""
     old, new = _flat(before.model_dump()), _flat(now.model_dump())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    free = tuple(f"{name}." for name in FREE_TO_CHANGE)
+    free = tuple(f"{name}." for name in now.FREE_TO_CHANGE)
     return [key for key in changed if not f"{key}.".startswith(free)]
 
 
@@ -236,14 +231,12 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _compare(
-    folder: Path, checkpoint: Path, now: PretrainRecipe, accept_changes: bool, say: Callable[[str], None]
-) -> None:
-    before = read_checkpoint_recipe(checkpoint)
+def _compare(folder: Path, checkpoint: Path, now: Recipe, accept_changes: bool, say: Callable[[str], None]) -> None:
+    before = read_checkpoint_recipe(checkpoint, type(now))
     changed = changed_fields(before, now)
     if not changed:
         return
-    fixed = [name for name in changed if f"{name}.".startswith(tuple(f"{name}." for name in FIXED))]
+    fixed = [name for name in changed if f"{name}.".startswith(tuple(f"{name}." for name in now.FIXED))]
     if fixed:
         raise UserError(
             f"{folder}: cannot resume, {', '.join(fixed)} changed, which cannot be insisted on; "
@@ -255,13 +248,15 @@ def _compare(
     if not accept_changes:
         raise UserError(
             f"{folder}: cannot resume, the recipe has changed in {names}; change it back, give the run another --name, "
-            f"or insist with 'fathom pretrain --resume --accept-changes' ({rates})"
+            f"or insist with --resume --accept-changes ({rates})"
         )
     say(f"resuming with changed {names}: {rates}")
 
 
-def _lr(recipe: PretrainRecipe, step: int) -> float:
+def _lr(recipe: Recipe, step: int) -> float:
     """The rate of the step after `step` steps; after the last one, the rate that was left."""
+    if not isinstance(recipe, PretrainRecipe):
+        return constant_lr_at(step, recipe.train.warmup_steps, recipe.optimizer.lr)
     total = recipe.train.steps
     return lr_at(min(step, total - 1), total, full_micro_batches(recipe), recipe.schedule, recipe.optimizer.lr)
 

@@ -14,6 +14,11 @@ from fathom.config.recipe import BalanceSection, MTPSection, PretrainRecipe, Sch
 from fathom.errors import UserError
 
 
+def constant_lr_at(step: int, warmup: int, peak: float) -> float:
+    """Linear to the peak over `warmup` steps, then constant."""
+    return peak * min(1.0, (step + 1) / (warmup + 1))
+
+
 def full_micro_batches(recipe: PretrainRecipe) -> int:
     """Micro-batches of the full batch."""
     return recipe.train.batch_tokens // (recipe.train.micro_batch * recipe.data.sequence_length)

@@ -7,6 +7,7 @@
             progress.json                             steps, tokens, the data loader's position
             recipe.toml                               what was being run
             ema/                                      averaged weights, a model folder too, where a recipe asks for them
+            reference/                                the reference policy of a KL term, likewise
             manifest.json                             size and SHA-256 of every other file
 
 **Why a kill cannot hurt.** Everything is written into a hidden neighbour, each file and folder is fsynced, and one
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fathom.config import ModelConfig, PretrainRecipe, dump_recipe, read_recipe
+from fathom.config.recipe import AnyRecipe, Recipe
 from fathom.data.tokenizer import Tokenizer
 from fathom.errors import UserError
 from fathom.model.checkpoint import load_model, new_folder, write_model
@@ -40,8 +42,9 @@ from fathom.scratch import sync
 State = dict[str, Tensor]
 
 TRAINING = "training_state"
-OPTIMIZER, PROGRESS, RECIPE, EMA, MANIFEST = (
-    f"{TRAINING}/{name}" for name in ("optimizer.safetensors", "progress.json", "recipe.toml", "ema", "manifest.json")
+OPTIMIZER, PROGRESS, RECIPE, EMA, REFERENCE, MANIFEST = (
+    f"{TRAINING}/{name}"
+    for name in ("optimizer.safetensors", "progress.json", "recipe.toml", "ema", "reference", "manifest.json")
 )
 
 
@@ -58,7 +61,7 @@ class Progress:
     bad_in_a_row: int = 0
     """Those since the last good step."""
     data: dict[str, Any] = field(default_factory=dict)
-    """`Loader.state()`."""
+    """What the next problems or tokens depend on: `Loader.state()`, or a curriculum's level."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class Contents:
     optimizer: State
     ema: State | None
     progress: Progress
-    recipe: PretrainRecipe
+    recipe: Recipe
     tokenizer: Tokenizer
+    reference: State | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Resumed:
     optimizer: State
     ema: State | None
     progress: Progress
+    reference: State | None = None
 
 
 def checkpoint_name(step: int) -> str:
@@ -101,9 +106,10 @@ def write_checkpoint(folder: Path, contents: Contents) -> Path:
     with new_folder(target) as scratch:
         (scratch / TRAINING).mkdir()
         write_model(scratch, contents.config, contents.weights, tokenizer=contents.tokenizer, dtype="float32")
-        if contents.ema is not None:
-            (scratch / EMA).mkdir()
-            write_model(scratch / EMA, contents.config, contents.ema, tokenizer=contents.tokenizer, dtype="float32")
+        for place, weights in ((EMA, contents.ema), (REFERENCE, contents.reference)):
+            if weights is not None:
+                (scratch / place).mkdir()
+                write_model(scratch / place, contents.config, weights, tokenizer=contents.tokenizer, dtype="float32")
         _save_tensors(contents.optimizer, scratch / OPTIMIZER)
         _write_json(scratch / PROGRESS, asdict(contents.progress))
         (scratch / RECIPE).write_text(dump_recipe(contents.recipe), encoding="utf-8")
@@ -120,13 +126,16 @@ def read_checkpoint(checkpoint: Path) -> Resumed:
         optimizer = load_file(checkpoint / OPTIMIZER)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{checkpoint}: its training state cannot be read ({error})") from None
-    ema = load_model(checkpoint / EMA, dtype="float32").state_dict() if (checkpoint / EMA).exists() else None
-    return Resumed(load_model(checkpoint, dtype="float32"), optimizer, ema, progress)
+    ema, reference = (
+        load_model(checkpoint / place, dtype="float32").state_dict() if (checkpoint / place).exists() else None
+        for place in (EMA, REFERENCE)
+    )
+    return Resumed(load_model(checkpoint, dtype="float32"), optimizer, ema, progress, reference)
 
 
-def read_checkpoint_recipe(checkpoint: Path) -> PretrainRecipe:
+def read_checkpoint_recipe(checkpoint: Path, kind: type[AnyRecipe] = PretrainRecipe) -> AnyRecipe:
     """The recipe that was being run. Raises `UserError`."""
-    return read_recipe(checkpoint / RECIPE, [])
+    return read_recipe(checkpoint / RECIPE, [], kind)
 
 
 def damage(checkpoint: Path, *, digests: bool = True) -> str | None:

@@ -42,6 +42,7 @@ class CheckpointWriter:
             weights=self._copy("weights", contents.weights),
             optimizer=self._copy("optimizer", contents.optimizer),
             ema=None if contents.ema is None else self._copy("ema", contents.ema),
+            reference=None if contents.reference is None else self._copy("reference", contents.reference),
             progress=copy.deepcopy(contents.progress),
         )
         self._pending = self._executor.submit(self._write, copied)

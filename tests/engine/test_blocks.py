@@ -22,18 +22,23 @@ class Simple:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_random_walk(seed: int) -> None:
-    """Whatever is taken, found, published and released in whatever order: no page is held by two who did not share it,
-    none is lost, idle ones go in order of release, and what is found has the content asked for."""
+    """Whatever is taken, found, shared, published and released in whatever order: no page is held by two who did not
+    share it, none is lost, idle ones go in order of release, and what is found has the content asked for."""
     draw = random.Random(seed)
     pool, simple = BlockPool(9), Simple(9)
     texts = [[b"%d.%d" % (text, block) for block in range(4)] for text in range(4)]
     held: list[list[int]] = []
     for _ in range(600):
-        action = draw.choice(["take", "take", "find", "publish", "release"])
+        action = draw.choice(["take", "take", "find", "share", "publish", "release"])
         if action == "take":
             _take(pool, simple, held, draw.choice([[], *held]))
         elif action == "find":
             _find(pool, simple, held, draw.choice(texts)[: draw.randint(0, 4)])
+        elif action == "share" and held:
+            shared = draw.choice(held)
+            held.append(pool.share(shared[: draw.randint(0, len(shared))]))
+            for page in held[-1]:
+                simple.holders[page] += 1
         elif action == "publish" and (longest := max(held, key=len, default=[])):
             place = draw.randrange(min(4, len(longest)))
             page, key = longest[place], draw.choice(texts)[place]
@@ -118,14 +123,16 @@ def test_a_page_that_is_found_is_not_given_away() -> None:
     assert pool.take() is None
 
 
-def test_releasing_twice_is_a_defect_that_shows() -> None:
-    """A page that nobody holds cannot be released."""
+def test_what_nobody_holds_is_a_defect_that_shows() -> None:
+    """A page that nobody holds can be neither released nor shared."""
     pool = BlockPool(1)
     page = pool.take()
     assert page is not None
     pool.release([page])
     with pytest.raises(AssertionError):
         pool.release([page])
+    with pytest.raises(AssertionError):
+        pool.share([page])
 
 
 def test_keys_say_what_a_text_begins_with() -> None:

@@ -16,7 +16,7 @@ from fathom.engine.packing import (
 from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.kernels import ops
-from fathom.kernels.panels import DTYPES, Rounding
+from fathom.kernels.panels import DTYPES, Packed, Rounding
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
@@ -48,6 +48,24 @@ def test_nothing_that_can_be_packed_is_left(name: str) -> None:
         assert PackedMLA in found if model.config.is_mla else PackedGQA in found
         if model.config.n_routed_experts:
             assert {PackedExperts, PackedRouter} <= found
+
+
+def _storages(model: Transformer) -> set[int]:
+    """Of all numbers that any module holds, in whatever form."""
+    held = [value for module in model.modules() for value in (*vars(module).values(), *module._parameters.values())]
+    held += [value for module in model.modules() for value in module._buffers.values()]
+    held += [part for value in held if isinstance(value, Packed) for part in (value.panels, value.scales)]
+    return {value.untyped_storage().data_ptr() for value in held if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_nothing_is_shared(name: str, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed model holds no tensor of the one it was made of, with kernels or without."""
+    model = build(FAMILIES[name].replace(intermediate_size=65, attention_bias=True)).to(stored)
+    assert not _storages(packed(model)) & _storages(model)
+    monkeypatch.setattr(ops, "library", lambda: None)
+    assert not _storages(packed(model)) & _storages(model)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fathom.config import ModelConfig
 from fathom.model.moe import MoE, Router, router_report
-from tests.model.configs import V2, V2_LITE, V3, build
+from tests.model.configs import V2, V2_LITE, V3, build, tokens
 
 
 def _moe(config: ModelConfig) -> MoE:
@@ -132,3 +132,65 @@ def test_bias_rule_evens_out_a_skewed_router() -> None:
         router.update_bias(torch.bincount(router(x).expert_ids.flatten(), minlength=router.experts), rate=0.002)
     assert before > 0.5
     assert violation() < 0.1
+
+
+@pytest.mark.parametrize("config", [V3, V2, V2_LITE], ids=["v3", "v2", "v2-lite"])
+def test_own_routes_change_nothing(config: ModelConfig) -> None:
+    """Replaying the choice that the routers made gives the same hidden states, reports and gradients, to the bit."""
+    model, ids = build(config), tokens(config, 2, 30)
+    outcomes = []
+    routes = None
+    for _ in range(2):
+        model.zero_grad()
+        hidden, reports = model.hidden_states(ids, routes=routes)
+        hidden.square().sum().backward()
+        outcomes.append(
+            [hidden, *(p.grad for p in model.model.parameters()), *(r for report in reports for r in report)]
+        )
+        routes = torch.stack([report.expert_ids for report in reports])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("config", [V3, V2], ids=["v3", "v2"])
+def test_other_routes_are_weighted_by_live_scores(config: ModelConfig) -> None:
+    """Given experts replace the chosen; their weights, normalisation included, and the router's gradient are those of
+    its own scores for them."""
+    router = build(config).model.layers[1].mlp.gate
+    x, given = _inputs(config, 20), torch.stack([torch.randperm(router.experts)[: router.top_k] for _ in range(20)])
+    routing = router(x, given)
+    assert torch.equal(routing.expert_ids, given)
+    upstream = torch.randn(20, router.top_k, generator=torch.Generator().manual_seed(1))
+    (routing.weights * upstream).sum().backward()
+    weight = router.weight.detach().clone().requires_grad_()
+    logits = x @ weight.T
+    scores = torch.stack(
+        [(logits.sigmoid() if router.sigmoid else logits.softmax(-1))[n, e] for n, e in enumerate(given)]
+    )
+    expected = scores / scores.sum(-1, keepdim=True) if router.normalise else scores
+    expected = expected * router.factor
+    (expected * upstream).sum().backward()
+    assert (routing.weights - expected).abs().max() <= 1e-6
+    assert (router.weight.grad - weight.grad).abs().max() <= 1e-5 * weight.grad.abs().max()
+
+
+def test_other_routes_reach_every_layer() -> None:
+    """Replaying other routes in one layer changes the output and that layer's load, and every router has a gradient."""
+    model, ids = build(V3), tokens(V3, 2, 30)
+    hidden, reports = model.hidden_states(ids)
+    own = torch.stack([report.expert_ids for report in reports])
+    for layer in range(len(own)):
+        routes = own.clone()
+        routes[layer] = (routes[layer] + 1) % V3.n_routed_experts
+        model.zero_grad()
+        replayed, changed = model.hidden_states(ids, routes=routes)
+        assert not torch.equal(replayed, hidden)
+        assert torch.equal(changed[layer].load, reports[layer].load.roll(1))
+        replayed.square().sum().backward()
+        assert all(router.weight.grad.abs().sum() > 0 for router in model.routers[: len(own)])
+
+
+def test_routes_of_another_model_are_a_defect_that_shows() -> None:
+    """Routes for fewer layers than there are mixtures are not taken for some of them."""
+    model, ids = build(V3), tokens(V3, 1, 4)
+    with pytest.raises(AssertionError):
+        model.hidden_states(ids, routes=torch.zeros(1, 4, V3.num_experts_per_tok, dtype=torch.int64))

@@ -182,6 +182,19 @@ def test_a_prompt_does_not_depend_on_what_was_remembered(name: str, dtype: torch
     assert torch.equal(beside, whole[:256])
 
 
+@both_types
+@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("length", [258, 300, 383, 384, 385])
+@pytest.mark.usefixtures("kernels")
+def test_a_prompt_may_be_cut_anywhere(name: str, dtype: torch.dtype, length: int) -> None:
+    """Stretches that begin or end beside the borders of attention's blocks give every token the bits of the whole."""
+    config = FITTING[name]
+    model, ids = packed(in_dtype(config, dtype)), tokens(config, length)
+    pages = [5, 2, 7, 1, 3, 4, 6]
+    whole = read(new_text(model, ids, pages), 256, length)
+    assert torch.equal(read(new_text(model, ids, pages), 256, length - 1, length)[256:], whole[256:])
+
+
 @pytest.mark.usefixtures("kernels")
 def test_a_text_computed_again_is_the_same() -> None:
     """A text that gave its pages back and is computed anew, many of its tokens in one call, has the same bits."""
@@ -216,15 +229,32 @@ def _assert_accounted(config: ModelConfig, dtype: torch.dtype) -> None:
     assert sum(storages.values()) == cache.nbytes() == PAGE * accounting.kv_bytes_per_token(config, dtype.itemsize)
 
 
+@pytest.mark.parametrize("name", FITTING)
+def test_a_copied_page_is_whole(name: str) -> None:
+    """After a copy the pools of all layers, those of prediction modules and the routes are equal on both pages, and no
+    other page has changed."""
+    config = FITTING[name]
+    cache = PagedCache(config, pages=4, dtype=torch.float32, mtp_layers=1, routes=config.is_mla)
+    pools = [pool for pair in cache.pools for pool in pair if pool is not None]
+    pools += [] if cache.routes is None else [cache.routes.transpose(0, 1)]
+    assert len(pools) == (config.num_hidden_layers + 1) * (1 if config.is_mla else 2) + config.is_mla
+    for pool in pools:
+        pool.random_(1000)
+    before = [pool.clone() for pool in pools]
+    cache.copy_page(2, 1)
+    assert all(torch.equal(pool, old[[0, 2, 2, 3]]) for pool, old in zip(pools, before, strict=True))
+
+
 def test_without_kernels_pages_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing could be compiled, packing leaves the model as it is and pages give the same logits."""
+    """Where nothing could be compiled, packing leaves the modules as they are and pages give the same logits."""
     monkeypatch.setattr(ops, "library", lambda: None)
     for config in FITTING.values():
         model, ids = build(config), tokens(config, 100)
-        assert packed(model) is model
+        same = packed(model)
+        assert [type(module) for module in same.modules()] == [type(module) for module in model.modules()]
         with torch.no_grad():
             expected = model(ids[None])[0]
-        assert (model.logits(read(new_text(model, ids), 64, 80)) - expected).abs().max() <= 1e-4
+        assert (same.logits(read(new_text(same, ids), 64, 80)) - expected).abs().max() <= 1e-4
 
 
 def test_packing_leaves_the_model_as_it_was() -> None:

@@ -246,3 +246,30 @@ def test_models_say_what_they_can_do(serve: Serve, tokenizer: Tokenizer) -> None
     assert client.get("/v1/models/x").status_code == 404
     other = serve(FakeEngine(), of=with_template(tokenizer, LLAMA)).get("/v1/models").json()["data"][0]
     assert (other["thinking"], other["tools"]) == (False, True)
+
+
+def test_token_ids_are_told_when_asked_for(serve: Serve, ask: dict) -> None:
+    """The prompt's stand beside the choices (streamed: in the first event), those drawn in each choice; else none."""
+    script = [[("thinking", "hm"), "It", ""]]
+    engine = FakeEngine(script)
+    wanted = ask | {"return_token_ids": True, "n": 2}
+    whole = serve(engine).post(PATH, json=wanted).json()
+    assert whole["prompt_token_ids"] == engine.requests[0].prompt_ids
+    assert [choice["token_ids"] for choice in whole["choices"]] == [[20, 20, 20]] * 2
+    told = events(serve(FakeEngine(script)).post(PATH, json=wanted | {"stream": True}).text)
+    assert [event.get("prompt_token_ids") for event in told] == [engine.requests[0].prompt_ids] + [None] * (
+        len(told) - 1
+    )
+    for place in range(2):
+        mine = [choice for event in told if (choice := event["choices"][0])["index"] == place]
+        assert [token for choice in mine for token in choice.get("token_ids", [])] == [20, 20, 20]
+        thought = next(choice for choice in mine if "reasoning_content" in choice["delta"])
+        assert thought["token_ids"] == [20]
+    assert "token_ids" not in json.dumps(serve(FakeEngine(script)).post(PATH, json=ask).json())
+
+
+def test_log_probabilities_name_tokens_by_id_when_asked_to(serve: Serve, ask: dict) -> None:
+    """Tokens and alternatives are `token_id:17`."""
+    asked = ask | {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    [entry] = serve(FakeEngine([["a"]])).post(PATH, json=asked).json()["choices"][0]["logprobs"]["content"]
+    assert (entry["token"], entry["top_logprobs"][0]["token"]) == ("token_id:20", "token_id:20")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from starlette.testclient import TestClient
 
 from fathom.data import Tokenizer, train_bpe
+from fathom.engine.protocol import Thinking
 from tests.data.texts import text_of
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_chat import events
@@ -72,3 +73,39 @@ def test_best_of_votes_within_each_prompt(serve: Serve) -> None:
     engine = FakeEngine([["1"], ["2"], ["2"], ["3"], ["3"], ["4"]])
     choices = serve(engine).post(PATH, json=ASK | {"prompt": ["a", "b"], "best_of": 3}).json()["choices"]
     assert [(choice["index"], choice["text"], choice["votes"]) for choice in choices] == [(0, "2", 2), (1, "3", 2)]
+
+
+def test_token_ids_are_told_when_asked_for(serve: Serve) -> None:
+    """Each choice has the ids of its prompt and of its tokens, whole or streamed, and otherwise there are none."""
+    script = [["a", ("thinking", "hm"), ""]]
+    wanted = ASK | {"prompt": [[4, 5], [6]], "return_token_ids": True}
+    whole = serve(FakeEngine(script)).post(PATH, json=wanted).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in whole] == [[4, 5], [6]]
+    assert [choice["token_ids"] for choice in whole] == [[20, 20, 20]] * 2
+    told = events(serve(FakeEngine(script)).post(PATH, json=wanted | {"stream": True}).text)
+    for place, prompt in enumerate([[4, 5], [6]]):
+        mine = [choice for event in told if (choice := event["choices"][0])["index"] == place]
+        assert [choice.get("prompt_token_ids") for choice in mine] == [prompt, None, None, None]
+        assert [choice["token_ids"] for choice in mine] == [[20], [20], [20], []]
+    assert "token_ids" not in json.dumps(serve(FakeEngine(script)).post(PATH, json=ASK).json())
+
+
+def test_log_probabilities_name_tokens_by_id_when_asked_to(serve: Serve, tokenizer: Tokenizer) -> None:
+    """Tokens and alternatives are `token_id:17`, and offsets still count characters of the text."""
+    asked = ASK | {"logprobs": 2, "return_tokens_as_token_ids": True}
+    logprobs = serve(FakeEngine([["a", "b"]])).post(PATH, json=asked).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:20"] * 2
+    assert list(logprobs["top_logprobs"][0]) == ["token_id:20", "token_id:21"]
+    assert logprobs["text_offset"] == [0, len(tokenizer.pieces[20])]
+
+
+def test_bounds_on_thoughts_reach_the_engine(serve: Serve) -> None:
+    """Both names of the budget and the least number; what contradicts itself is refused."""
+    engine = FakeEngine()
+    client = serve(engine)
+    for given in ({"thinking_budget": 9}, {"thinking_token_budget": 9, "min_thinking_budget": 3}, {}):
+        assert client.post(PATH, json=ASK | given).status_code == 200
+    bounds = [request.thinking for request in engine.requests]
+    assert bounds == [Thinking(budget=9), Thinking(budget=9, minimum=3), None]
+    refusal = client.post(PATH, json=ASK | {"thinking_budget": 9, "thinking_token_budget": 8})
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (422, "thinking_budget")

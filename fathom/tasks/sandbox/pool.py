@@ -107,7 +107,7 @@ class Sandbox:
             self._free.put(seat)  # who still waits is told that the sandbox is closed
 
     def _try(self) -> None:
-        """Raise `UserError` unless a program runs: else a system that forbids what a child needs would fail them all."""
+        """Raise `UserError` unless a program runs: a system that forbids what a child needs would fail every one."""
         outcome = self.run(Calls("def one(): return 1", "one", [()]))
         if outcome != Outcome((1,), "ok"):
             raise UserError(

@@ -1,0 +1,70 @@
+"""The published losses on one small task: held-out pass@1 before and after, several seeds each.
+
+    python -m benchmarks.rl_ablations [--presets r1 dapo dr_grpo gspo] [--seeds 1 2 3] [--steps 100]
+
+Every run is `recipes/zero-arithmetic.toml` (its base: `fathom pretrain recipes/zero-base.toml`) with another
+`loss.preset`; all else is equal, dynamic sampling included where the paper has it (DAPO). Runs are written to
+`runs/ablation-rl-PRESET-SEED`. The last line is JSON; `ratio` is the best preset's gain over plain R1 settings' gain.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+
+from fathom.config import read_recipe
+from fathom.config.policy import PRESETS
+from fathom.config.rl import RLRecipe
+from fathom.train.metrics import read_metrics
+from fathom.train.rl import train_rl
+
+RECIPE = Path("recipes/zero-arithmetic.toml")
+
+
+def run(preset: str, seed: int, steps: int, more: list[str]) -> dict[str, float]:
+    """pass@1, length of thought and seconds of one run."""
+    overrides = ["--loss.preset", preset, "--seed", str(seed), "--train.steps", str(steps)]
+    overrides += ["--name", f"ablation-rl-{preset}-{seed}", "--eval.every", str(steps), "--eval.probe", "false"]
+    overrides += ["--eval.budgets", "[]", *(["--rollout.resample", "2"] if preset == "dapo" else []), *more]
+    result = train_rl(read_recipe(RECIPE, overrides, RLRecipe), overwrite=True, console=Console(quiet=True))
+    lines = read_metrics(result.folder / "metrics.jsonl")
+    measured = [line for line in lines if line["kind"] == "eval"]
+    steps_made = [line for line in lines if line["kind"] == "train"]
+    return {
+        "before": measured[0]["pass@1"],
+        "after": measured[-1]["pass@1"],
+        "thought_tokens": measured[-1]["thought_tokens"],
+        "seconds": sum(line["rollout_seconds"] + line["update_seconds"] for line in steps_made),
+    }
+
+
+def main() -> None:
+    """Run all, print a table, and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["r1", "dapo", "dr_grpo", "gspo"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=100)
+    options, more = parser.parse_known_args()
+    found: dict[str, list[dict[str, float]]] = {}
+    print(f"{'preset':10} {'seed':>4} {'before':>7} {'after':>7} {'thought':>8} {'seconds':>8}")
+    for preset in options.presets:
+        for seed in options.seeds:
+            values = run(preset, seed, options.steps, more)
+            found.setdefault(preset, []).append(values)
+            print(
+                f"{preset:10} {seed:4} {values['before']:7.3f} {values['after']:7.3f} {values['thought_tokens']:8.1f} "
+                f"{values['seconds']:8.0f}",
+                flush=True,
+            )
+    gains = {name: statistics.mean(v["after"] - v["before"] for v in values) for name, values in found.items()}
+    after = {name: [round(v["after"], 4) for v in values] for name, values in found.items()}
+    base = gains.get("r1", next(iter(gains.values())))
+    print(json.dumps({"benchmark": "rl_ablations", "ratio": round(max(gains.values()) / base, 3) if base else None,
+                      "gains": {name: round(gain, 4) for name, gain in gains.items()}, "after": after,
+                      "steps": options.steps}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Rollouts: problems put to the model, groups of completions drawn through an engine, rewards by rule.
+
+Everything here is a function of the recipe's seed, the step, and the weights: problems come from a seed of their own
+per step and round, every sample has a seed, and the engine draws a request alike whatever else it serves. So a resumed
+run sees what the unbroken one would have seen.
+"""
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fathom.config.rl import PromptSection, RLRecipe
+from fathom.data.tokenizer import Tokenizer
+from fathom.engine.protocol import Chunk, Engine, QueueFull, Request, Sampling, Thinking, Ticket
+from fathom.errors import UserError
+from fathom.tasks.checker import Checker, Sample
+from fathom.tasks.rewards import Reward
+from fathom.tasks.task import Problem, Split, Task
+
+OPENING = "<think>"
+
+
+@dataclass
+class Drawn:
+    """A completion as it comes from the engine."""
+
+    tokens: list[int] = field(default_factory=list)
+    """All that were drawn, the end of the text included."""
+    logprobs: list[float] = field(default_factory=list)
+    """The engine's own, one per token, at temperature 1."""
+    finished: bool = False
+    """Whether the model ended it; False where it ran into the token limit."""
+    routes: Tensor | None = None
+    """int16 [prompt + completion − 1, mixtures, K]: the experts that the engine chose, where it records them."""
+    failure: str = ""
+    """Why there is no completion."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion and what it earned."""
+
+    drawn: Drawn
+    text: str
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one problem."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    rollouts: list[Rollout]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of each rollout."""
+        return [rollout.reward.total for rollout in self.rollouts]
+
+    @property
+    def informative(self) -> bool:
+        """Whether its rewards differ, so that there is something to learn from it."""
+        return len(set(self.rewards)) > 1
+
+
+class Asker:
+    """Turns problems into prompts."""
+
+    def __init__(self, tokenizer: Tokenizer, section: PromptSection) -> None:
+        """Raises `UserError` where the model cannot be asked in this style, with what to do."""
+        self._tokenizer, self._section = tokenizer, section
+        if section.style == "chat" and tokenizer.chat_template is None:
+            raise UserError(
+                "prompt.style = chat, but this model's folder has no chat template; set prompt.style to 'zero', or to "
+                "'template' with a prompt.template of your own"
+            )
+
+    def __call__(self, problem: Problem) -> list[int]:
+        """Token ids of the prompt."""
+        section, tokenizer = self._section, self._tokenizer
+        if section.style == "chat":
+            content = "\n".join(part for part in (problem.question, section.instruction) if part)
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}])
+            begin: list[int] = []
+        else:
+            text = section.text.replace("{question}", problem.question)
+            begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        opening = OPENING if section.opens_thought and not text.rstrip().endswith(OPENING) else ""
+        return begin + tokenizer.encode(text + opening, special=True)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 63 bits that depends on `parts` alone."""
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def draw_problems(task: Task, split: Split, levels: int, count: int, *, seed: int) -> list[Problem]:
+    """`count` different problems of levels 1 to `levels`; which level each is of is drawn too."""
+    source = random.Random(seed)
+    streams: dict[int, Iterator[Problem]] = {}
+    found: dict[str, Problem] = {}
+    tries = 0
+    while len(found) < count and tries < 20 * count:
+        level, tries = source.randint(1, levels), tries + 1
+        if level not in streams:
+            streams[level] = task.problems(split, level=level, seed=seed)
+        problem = next(streams[level])
+        found.setdefault(problem.key or problem.question, problem)
+    return list(found.values())
+
+
+def held_out_problems(task: Task, levels: int, count: int, *, seed: int) -> list[Problem]:
+    """The same problems whenever asked: `count` held out, in equal parts of every level, none of them twice."""
+    found: dict[str, Problem] = {}
+    for level in range(1, levels + 1):
+        stream, wanted = task.problems("held-out", level=level, seed=seed), len(found) + -(-count // levels)
+        for _ in range(20 * count):
+            problem = next(stream)
+            found.setdefault(problem.key or problem.question, problem)
+            if len(found) == wanted:
+                break
+    return list(found.values())[:count] if levels == 1 else list(found.values())
+
+
+def draw(engine: Engine, requests: Sequence[Request], *, retries: int) -> list[Drawn]:
+    """All completions, in the order of the requests. One that fails is asked for again, `retries` times.
+
+    What fails for good has a `failure`, and the others are none the worse. Raises `UserError` where all fail, and for a
+    request that cannot be served at all.
+    """
+    results = [Drawn(failure="not asked for") for _ in requests]
+    for _ in range(retries + 1):
+        left = [place for place, drawn in enumerate(results) if drawn.failure]
+        if not left:
+            break
+        for place, drawn in zip(left, _draw_once(engine, [requests[place] for place in left]), strict=True):
+            results[place] = drawn
+    if requests and all(drawn.failure for drawn in results):
+        raise UserError(f"no completion could be drawn: {results[0].failure}")
+    return results
+
+
+def _draw_once(engine: Engine, requests: Sequence[Request]) -> list[Drawn]:
+    results = [Drawn() for _ in requests]
+    ended = threading.Semaphore(0)
+
+    def listener(drawn: Drawn) -> Callable[[Chunk], None]:
+        def deliver(chunk: Chunk) -> None:
+            drawn.tokens += chunk.token_ids
+            drawn.logprobs += [entry.logprob for entry in chunk.logprobs or []]
+            if chunk.finish_reason is not None:
+                drawn.finished, drawn.routes = chunk.finish_reason == "stop", chunk.routes
+                if chunk.finish_reason in ("error", "cancelled"):
+                    drawn.failure = chunk.message or chunk.finish_reason
+                elif not drawn.tokens:
+                    drawn.failure = "it has no tokens"
+                ended.release()
+
+        return deliver
+
+    tickets: list[Ticket] = []
+    waiting = 0
+    try:
+        for request, drawn in zip(requests, results, strict=True):
+            while True:
+                try:
+                    tickets.append(engine.submit(request, listener(drawn)))
+                    break
+                except QueueFull:
+                    if not waiting:
+                        raise
+                    ended.acquire()
+                    waiting -= 1
+            waiting += 1
+        while waiting:
+            ended.acquire()
+            waiting -= 1
+    except BaseException:
+        for ticket in tickets:
+            ticket.cancel()
+        while waiting:
+            ended.acquire()
+            waiting -= 1
+        raise
+    return results
+
+
+class Roller:
+    """Draws and scores groups as a recipe says."""
+
+    def __init__(self, recipe: RLRecipe, engine: Engine, tokenizer: Tokenizer, checker: Checker) -> None:
+        self._recipe, self._engine, self._tokenizer, self._checker = recipe, engine, tokenizer, checker
+        self._ask = Asker(tokenizer, recipe.prompt)
+
+    def groups(self, problems: Sequence[Problem], samples: int, *, seed: int) -> list[Group]:
+        """`samples` completions of each problem, scored; fewer where some could not be drawn."""
+        rollout = self._recipe.rollout
+        prompts = [self._ask(problem) for problem in problems]
+        thinking = None if rollout.thinking_budget is None else Thinking(budget=rollout.thinking_budget)
+        requests = [
+            self._request(prompt, rollout.temperature, seed_of(seed, place, sample), thinking)
+            for place, prompt in enumerate(prompts)
+            for sample in range(samples)
+        ]
+        drawn = draw(self._engine, requests, retries=rollout.retries)
+        rollouts = self.score([problem for problem in problems for _ in range(samples)], drawn)
+        groups = []
+        for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+            own = slice(place * samples, (place + 1) * samples)
+            kept = [rollout for rollout in rollouts[own] if rollout is not None]
+            if kept:
+                groups.append(Group(problem, prompt, kept))
+        return groups
+
+    def measure(
+        self,
+        problems: Sequence[Problem],
+        *,
+        temperature: float,
+        seed: int,
+        begin: str = "",
+        bias: dict[int, float] | None = None,
+        budget: int | None = None,
+    ) -> list[tuple[Problem, Rollout]]:
+        """One completion of each problem that could be drawn.
+
+        `begin` is put into the model's mouth and counts as its own text; `bias` is on its first tokens' logits and all
+        others'; `budget` closes its thoughts.
+        """
+        begun = self._tokenizer.encode(begin, special=True)
+        thinking = None if budget is None else Thinking(budget=budget)
+        requests = [
+            self._request(
+                self._ask(problem) + begun, temperature, seed_of(seed, place), thinking, bias, begin.endswith(OPENING)
+            )
+            for place, problem in enumerate(problems)
+        ]
+        drawn = draw(self._engine, requests, retries=self._recipe.rollout.retries)
+        scored = self.score(problems, drawn, begin=begin)
+        return [(p, rollout) for p, rollout in zip(problems, scored, strict=True) if rollout is not None]
+
+    def score(self, problems: Sequence[Problem], drawn: Sequence[Drawn], *, begin: str = "") -> list[Rollout | None]:
+        """The rewards of completions; None for one that could not be drawn."""
+        there = [place for place, one in enumerate(drawn) if not one.failure]
+        texts = {place: begin + self._tokenizer.decode(drawn[place].tokens) for place in there}
+        rewards = self._checker.score_all(
+            [Sample(problems[p], texts[p], len(drawn[p].tokens), drawn[p].finished) for p in there],
+            max_tokens=self._recipe.rollout.max_tokens,
+            starts_thinking=self._recipe.prompt.opens_thought,
+            settings=self._recipe.rewards,
+        )
+        result: list[Rollout | None] = [None] * len(drawn)
+        for place, reward in zip(there, rewards, strict=True):
+            result[place] = Rollout(drawn[place], texts[place], reward)
+        return result
+
+    def _request(
+        self,
+        prompt: list[int],
+        temperature: float,
+        seed: int,
+        thinking: Thinking | None,
+        bias: dict[int, float] | None = None,
+        starts_thinking: bool = False,
+    ) -> Request:
+        return Request(
+            prompt,
+            self._recipe.rollout.max_tokens,
+            Sampling(temperature=temperature, seed=seed, logit_bias=bias or {}),
+            logprobs=0,
+            thinking=thinking,
+            starts_thinking=starts_thinking or self._recipe.prompt.opens_thought,
+        )

@@ -1,0 +1,303 @@
+"""Reinforcement learning end to end, on a model of a few thousand parameters."""
+
+import io
+import itertools
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import fathom.train.rl as module
+from fathom.config.rl import RLRecipe
+from fathom.data import Tokenizer, train_bpe
+from fathom.engine.protocol import Chunk, Request, Usage
+from fathom.errors import UserError
+from fathom.model.checkpoint import save_model
+from fathom.model.transformer import Transformer
+from fathom.tasks.catalogue import open_task
+from fathom.train.metrics import read_metrics
+from fathom.train.rl import RLResult, train_rl
+from fathom.train.rollout import draw, draw_problems, held_out_problems
+from tests.train.tiny import MODEL
+
+TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
+
+RULES = '''
+from fathom.tasks import Problem, Task
+
+
+class Odd(Task):
+    """Answers of an odd number of bytes are right."""
+
+    levels = 2
+
+    def problem(self, random, level):
+        return Problem(f"{random.randrange(10**6)}:{level}", level=level)
+
+    def check(self, problem, answer):
+        return float(len(answer.encode()) % 2)
+
+
+class Raises(Odd):
+    def check(self, problem, answer):
+        raise RuntimeError("no idea")
+
+
+class NotANumber(Odd):
+    def check(self, problem, answer):
+        return float("nan")
+'''
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny V3 with random weights, its byte tokenizer, and a file of tasks."""
+    folder = tmp_path_factory.mktemp("rl")
+    plain = train_bpe(["0123456789"], 266)
+    # Weights are random: a model that ends its text with one token in four ends it soon.
+    ends = (1, *range(10, 266, 4))
+    tokenizer = Tokenizer(plain.backend, bos_token_id=0, eos_token_ids=ends, pad_token_id=2, chat_template=None)
+    model = Transformer(MODEL.replace(vocab_size=tokenizer.vocab_size))
+    model.init_weights(1)
+    save_model(model, folder / "model", tokenizer=tokenizer)
+    (folder / "rules.py").write_text(RULES)
+    return folder
+
+
+@pytest.fixture
+def recipe(start: Path) -> RLRecipe:
+    """Four steps of three groups of four short completions, whose length's parity is rewarded."""
+    return RLRecipe(
+        name="run",
+        model=str(start / "model"),
+        task={"name": f"{start / 'rules.py'}:Odd", "levels": 2},
+        prompt={"style": "template"},
+        rewards={"layout": {"form": "rest", "thoughts": "optional"}, "format": 0.0},
+        rollout={"problems": 4, "samples": 4, "max_tokens": 6},
+        optimizer={"lr": 1e-3, "weight_decay": 0.0},
+        train={"steps": 4, "precision": "fp32", "rows": 60},
+        checkpoint={"every": 2, "keep": 9},
+        eval={"every": 2, "problems": 6},
+    )
+
+
+def changed(recipe: RLRecipe, changes: dict[str, dict[str, Any]]) -> RLRecipe:
+    sections = {name: getattr(recipe, name).replace(**fields) for name, fields in changes.items()}
+    return recipe.replace(**{name: section.model_dump() for name, section in sections.items()})
+
+
+def run(recipe: RLRecipe, runs: Path, **options: Any) -> tuple[RLResult, str]:
+    said = io.StringIO()
+    result = train_rl(recipe, runs=runs, console=Console(file=said, width=200), **options)
+    return result, said.getvalue()
+
+
+def weights(result: RLResult) -> dict[str, bytes]:
+    """Every file of numbers in the newest checkpoint."""
+    assert result.checkpoint is not None
+    files = result.checkpoint.rglob("*.safetensors")
+    return {str(file.relative_to(result.checkpoint)): file.read_bytes() for file in files}
+
+
+def lines(result: RLResult) -> list[dict[str, Any]]:
+    """The run's metrics without times."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(result.folder / "metrics.jsonl")]
+
+
+VARIANTS = {
+    "plain": {},
+    "mini-batches, reference": {
+        "train": {"mini_batches": 2, "reference_every": 3},
+        "loss": {"kl": 0.1, "clip_low": 0.2, "clip_high": 0.28, "normalisation": "token"},
+    },
+    "dynamic sampling, curriculum": {"rollout": {"resample": 2}, "task": {"start": 1, "raise_at": 0.3}},
+    "muon": {"optimizer": {"name": "muon"}},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_resumed_run_is_the_unbroken_one(
+    recipe: RLRecipe, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, a stop and two more give the bytes and metrics of four."""
+    recipe = changed(recipe, changes)
+    unbroken, _ = run(recipe, tmp_path / "one")
+    stop_after(monkeypatch, 2)
+    halted, said = run(recipe, tmp_path / "two")
+    assert halted.interrupted
+    assert halted.step == 2
+    assert "--resume" in said
+    monkeypatch.undo()
+    resumed, _ = run(recipe, tmp_path / "two", resume=True)
+    assert weights(resumed) == weights(unbroken)
+    assert lines(resumed) == lines(unbroken)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Have SIGTERM come during that step."""
+    counter = itertools.count(1)
+    original = module.update
+
+    def update(*arguments: Any) -> dict[str, Any]:
+        if next(counter) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "update", update)
+
+
+@pytest.mark.parametrize("loss", [{"normalisation": n} for n in ("response", "token", "constant")])
+def test_the_update_does_not_depend_on_how_rows_are_packed(recipe: RLRecipe, loss: dict, tmp_path: Path) -> None:
+    """One forward pass for all groups and one for each give the same weights, up to the order of sums."""
+    recipe = changed(recipe, {"loss": loss, "train": {"steps": 1}, "eval": {"probe": False}})
+    results = [run(changed(recipe, {"train": {"rows": rows}}), tmp_path / str(rows))[0] for rows in (1, 10_000)]
+    one, other = (module.read_checkpoint(result.checkpoint).model.state_dict() for result in results)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_what_is_rewarded_becomes_likelier(recipe: RLRecipe, tmp_path: Path) -> None:
+    """After some steps completions of odd length, which the rule rewards, are more frequent than before."""
+    recipe = changed(
+        recipe,
+        {
+            "train": {"steps": 25},
+            "rollout": {"problems": 8, "samples": 8, "max_tokens": 3},
+            "optimizer": {"lr": 5e-3},
+            "eval": {"every": 100, "problems": 64, "probe": False},
+        },
+    )
+    result, _ = run(recipe, tmp_path)
+    rewards = [line["reward"] for line in lines(result) if line["kind"] == "train"]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_equal_rewards_teach_nothing_and_are_said(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
+    """Where every group's rewards are equal, weights stay as they are, nothing is divided by zero, and it is said."""
+    recipe = changed(recipe, {"rewards": {"accuracy": 0.0}, "rollout": {"resample": 1}})
+    result, said = run(recipe, tmp_path)
+    assert "all rewards of every group are equal" in said
+    before = module.load(start / "model", dtype="float32")[0].state_dict()
+    after = module.read_checkpoint(result.checkpoint).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(line["loss"] == 0 and line["uninformative"] == 1 for line in lines(result) if line["kind"] == "train")
+
+
+@pytest.mark.parametrize("task", ["Raises", "NotANumber"])
+def test_a_broken_check_scores_zero_and_is_counted(recipe: RLRecipe, start: Path, task: str, tmp_path: Path) -> None:
+    """A check that raises, or gives no number, ends no run: its answers score 0 and the faults are in the metrics."""
+    result, _ = run(changed(recipe, {"task": {"name": f"{start / 'rules.py'}:{task}"}}), tmp_path)
+    assert result.step == 4
+    found = [line for line in lines(result) if line["kind"] == "train"]
+    assert all(line["reward"] == 0 for line in found)
+    assert any(line["faults"] > 0 for line in found)
+
+
+def test_a_step_that_is_no_number_changes_nothing(
+    recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of NaN is said and skipped; after too many in a row the run stops with everything saved."""
+    original = module.policy_loss
+    monkeypatch.setattr(module, "policy_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
+    with pytest.raises(UserError, match="2 in a row"):
+        run(changed(recipe, {"train": {"max_bad_steps": 2}, "eval": {"probe": False}}), tmp_path)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    before = module.load(recipe.model, dtype="float32")[0].state_dict()
+    after = module.read_checkpoint(folder).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Unreliable:
+    """An engine that fails the requests it is told to."""
+
+    context = 100
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        self._fails, self._count = fails, itertools.count()
+
+    def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> None:
+        failed = self._fails(next(self._count))
+        ids = [] if failed else [5, 1]
+        reason = "error" if failed else "stop"
+        deliver(Chunk("answer", "", ids, None, Usage(), reason, "gone" if failed else ""))
+
+
+def test_a_failed_completion_is_asked_for_again() -> None:
+    """Requests that fail are drawn again, the others are not; what fails for good is named and costs no other."""
+    requests = [Request([1], 4) for _ in range(3)]
+    drawn = draw(Unreliable(lambda n: n == 1), requests, retries=1)
+    assert [one.tokens for one in drawn] == [[5, 1]] * 3
+    drawn = draw(Unreliable(lambda n: n >= 1), requests, retries=1)
+    assert [one.failure for one in drawn] == ["", "gone", "gone"]
+    with pytest.raises(UserError, match="gone"):
+        draw(Unreliable(lambda n: True), requests, retries=2)
+
+
+def test_an_endpoint_that_goes_away_costs_no_step(
+    recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nothing can be drawn any more the run ends with a sentence and a checkpoint of the last good step."""
+    original, calls = module.Roller.groups, itertools.count()
+
+    def groups(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == 3:
+            raise UserError("no completion could be drawn: gone")
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module.Roller, "groups", groups)
+    with pytest.raises(UserError, match="gone"):
+        run(changed(recipe, {"eval": {"probe": False}}), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names[-1] == "step_00000003"
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_written(recipe: RLRecipe, tmp_path: Path) -> None:
+    """Without a chat template the sentence says which other styles there are; no folder is left behind."""
+    folder = tmp_path / "model"
+    model, tokenizer = module.load(recipe.model, dtype="float32")
+    save_model(model, folder, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"prompt\.style"):
+        run(changed(recipe.replace(model=str(folder)), {"prompt": {"style": "chat"}}), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_and_held_out_problems_never_meet() -> None:
+    """No held-out problem is drawn for training, whatever seed and level; neither has one twice."""
+    task = open_task("modular")
+    held = held_out_problems(task, 3, 30, seed=1)
+    train = [p for seed in range(5) for p in draw_problems(task, "train", 3, 40, seed=seed)]
+    assert not {p.question for p in held} & {p.question for p in train}
+    assert len({p.question for p in held}) == len(held) == 30
+    assert {p.level for p in held} == {1, 2, 3}
+
+
+def test_the_best_model_is_kept(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`best` holds the one model folder of the evaluation with the highest pass@1, and it opens."""
+    scores = iter([0.1, 0.4, 0.2])
+    monkeypatch.setattr(module, "_evaluate", lambda *a, **k: {"pass@1": next(scores), "accuracy": 0.0})
+    result, _ = run(changed(recipe, {"eval": {"probe": False}}), tmp_path)
+    (best,) = (result.folder / "best").iterdir()
+    assert best.name == "step_00000002"
+    module.load(best, dtype="float32")
+
+
+def test_every_step_is_measured(recipe: RLRecipe, tmp_path: Path) -> None:
+    """The metrics that tell learning from gaming are there for every step, and the engine agrees with the trainer."""
+    result, _ = run(recipe, tmp_path)
+    for line in lines(result):
+        if line["kind"] == "train":
+            assert {"accuracy", "format", "entropy", "kl_sampler", "thought_tokens", "truncated", "reflections"} <= set(
+                line
+            )
+            assert abs(line["kl_sampler"]) < 1e-6
+            assert line["sampler_gap_max"] < 1e-4
+    first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"pass@1", "probe_thinking", "probe_guessing"} <= set(first)
+    assert (result.folder / "samples.md").read_text().count("## Step") >= 2
