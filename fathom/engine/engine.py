@@ -323,6 +323,7 @@ class Engine:
                     self._take_in()
                     if not self._running:
                         self._report()
+                        release_threads()  # somebody else's loops may want the cores, a trainer's for one
                         self._wake.wait()
                         self._wake.clear()
                         continue

@@ -9,7 +9,7 @@ import torch
 from fathom.engine.engine import Engine, EngineSettings
 from fathom.engine.protocol import Chunk, Request, Sampling
 from fathom.errors import UserError
-from fathom.kernels import ops
+from fathom.kernels import ops, panels, training
 from fathom.model.transformer import Transformer
 from tests.engine.running import CONFIGS, PLAIN, Outcome, ask, engine_of, run, submit
 from tests.model.configs import build, tokens
@@ -78,7 +78,8 @@ def test_a_trainer_may_move_its_weights_meanwhile(
 ) -> None:
     """Weights and biases that change in place while an engine writes, or before it does, change none of its answers."""
     if not has_kernels:
-        monkeypatch.setattr(ops, "library", lambda: None)
+        for module in (ops, panels, training):
+            monkeypatch.setattr(module, "library", lambda: None)
     request = ask(tokens(CONFIGS[name], 30).tolist(), 30, logprobs=2)
     with engine_of(model_of(name, dtype, 0)) as engine:
         expected = run(engine, [request])
