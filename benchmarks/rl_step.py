@@ -2,17 +2,18 @@
 
     python -m benchmarks.rl_step --against trl --trl-python TRL_ENV/bin/python [--model SMOLLM2.gguf]
 
-Both sides train the same weights in bfloat16 arithmetic on the same chat prompts with the same rule: 8 problems × 8 samples
-of at most 64 new tokens, temperature 1, no reference policy, one update. The rule gives every completion the share of
-its words that begin with a vowel, so that rewards differ in every group, as they must for a gradient. TRL runs its
-`GRPOTrainer` with transformers' `generate`, all completions of a step in one batch and in batches of eight with
-accumulation; the faster of the two counts. Sides work in turns in one run; the ratio is the median over rounds of theirs
-over ours.
+Both sides train the same weights in bfloat16 arithmetic on the same chat prompts with the same rule: 8 problems × 8
+samples of at most 64 new tokens, temperature 1, no reference policy, one update. The rule gives every completion the
+share of its words that begin with a vowel, so that rewards differ in every group, as they must for a gradient. TRL runs
+its `GRPOTrainer` with transformers' `generate`, all completions of a step in one batch and in batches of eight with
+accumulation; the faster of the two counts. Sides work in turns in one run; the ratio is the median over rounds of
+theirs over ours.
 
 TRL's environment: pip install torch==2.13.0 trl transformers accelerate datasets gguf
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,12 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 INSTRUCTION = "Work it out step by step, then write the answer after 'Answer:'."
-QUESTIONS = [f"What is {a} + {b} - {c}?" for a, b, c in
-             ((12, 7, 5), (81, 4, 30), (9, 9, 9), (25, 50, 13), (7, 61, 2), (33, 12, 20), (18, 5, 1), (40, 44, 6))]  # fmt: skip
+NUMBERS = ((12, 7, 5), (81, 4, 30), (9, 9, 9), (25, 50, 13), (7, 61, 2), (33, 12, 20), (18, 5, 1), (40, 44, 6))
+QUESTIONS = [f"What is {a} + {b} - {c}?" for a, b, c in NUMBERS]
 TASK = '''
 from fathom.tasks import Problem, Task
 
@@ -80,6 +82,7 @@ def fathom_side(options: dict[str, Any]) -> Callable[[], dict[str, float]]:
     def step() -> dict[str, float]:
         began = time.perf_counter()
         groups = roller.groups(problems, options["samples"], seed=seed_of(learner.progress.step))
+        groups = [_scored(group) for group in groups]
         rolled = time.perf_counter()
         values = rl.update(learner, groups)
         engine.load_weights(learner.model)
@@ -95,6 +98,12 @@ def fathom_side(options: dict[str, Any]) -> Callable[[], dict[str, float]]:
         }
 
     return step
+
+
+def _scored(group: Any) -> Any:
+    """The group with the rule's reward for every text: our reader would give none to a text that was cut off."""
+    rollouts = [replace(r, reward=replace(r.reward, total=reward(r.text))) for r in group.rollouts]
+    return replace(group, rollouts=rollouts)
 
 
 class _Fixed:
@@ -114,10 +123,8 @@ def trl_side(options: dict[str, Any]) -> Callable[[], dict[str, float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    path = Path(options["model"])
-    where = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
-    tokenizer = AutoTokenizer.from_pretrained(where[0], **where[1])
-    model = AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.bfloat16, **where[1])
+    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
     messages = [[{"role": "user", "content": f"{question}\n{INSTRUCTION}"}] for question in QUESTIONS]
     rows = [{"prompt": messages[place % len(messages)]} for place in range(options["problems"] * 64)]
     completions = options["problems"] * options["samples"]
@@ -186,6 +193,19 @@ def _work(options: dict[str, Any]) -> None:
             print(json.dumps(step()), file=answers, flush=True)
 
 
+def _folder(model: str) -> str:
+    """A model folder with the same weights: transformers trains none that came from a `.gguf` file."""
+    if not model.endswith(".gguf"):
+        return model
+    import fathom
+    from fathom.model.checkpoint import save_model
+
+    folder = Path(tempfile.mkdtemp(), "model")
+    opened, tokenizer = fathom.load(model, dtype="bfloat16")
+    save_model(opened, folder, tokenizer=tokenizer, dtype="bfloat16")
+    return str(folder)
+
+
 def main() -> None:
     """Measure, print a table, and a JSON line with the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -201,22 +221,26 @@ def main() -> None:
     options = parser.parse_args()
     if not options.model:
         parser.error("--model: name a .gguf file or a model folder")
-    arguments = {name: getattr(options, name) for name in ("model", "problems", "samples", "tokens", "rows")}
-    sides = {}
+    arguments = {name: getattr(options, name) for name in ("problems", "samples", "tokens", "rows")}
+    arguments["model"] = _folder(options.model)
+    sides, logs = {}, {}
     for name in ("fathom", *options.variants):
         python = sys.executable if name == "fathom" else options.trl_python
         command = [python, "-m", "benchmarks.rl_step", "--side", json.dumps(arguments | {"variant": name})]
+        logs[name] = tempfile.TemporaryFile("w+")  # what libraries say is of interest only where a side fails
         sides[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[name], text=True
         )
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn in range(options.rounds + 1):  # the first one warms up
         for name, side in sides.items():
-            side.stdin.write("step\n")
-            side.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                side.stdin.write("step\n")
+                side.stdin.flush()
             answer = side.stdout.readline()
             if not answer:
-                sys.exit(f"{name} ended with exit code {side.wait()}")
+                logs[name].seek(0)
+                sys.exit(f"{logs[name].read()[-3000:]}\n{name} ended with exit code {side.wait()}")
             if turn:
                 found[name].append(json.loads(answer))
         if turn:

@@ -260,6 +260,12 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     add_model(run)
     add_service(run)
 
+    run = verb("report", _report, "write what a run has measured as a page to read")
+    run.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, finished or not")
+    run.add_argument(
+        "--out", type=Path, help="file to write (RUN/report.html); one that ends in .svg gets the main figure alone"
+    )
+
     run = verb("export", _export, "write a model as a folder for other programs")
     add_model(run, default_dtype="the dtype they are stored in")
     run.add_argument("out", type=Path, help="folder to write")
@@ -407,6 +413,13 @@ def _prompt(word: str) -> str:
     except UnicodeError:
         raise UserError("the prompt is not valid UTF-8 text") from None
     return text
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fathom.report.page import write_report
+
+    print(f"wrote {write_report(options.run_folder, options.out)}")
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -267,8 +267,8 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
     report: PolicyReport | None = None
     loss, norms, skipped = 0.0, [], False
     for batch in batches:
-        for piece in batch.pieces:
-            piece_loss, piece_report = batch.loss(piece, learner)
+        for place in range(len(batch.pieces)):
+            piece_loss, piece_report = batch.loss(place, learner)
             piece_loss.backward()
             loss += float(piece_loss.detach()) / len(batches)
             report = piece_report if report is None else report + piece_report
@@ -347,15 +347,15 @@ class _MiniBatch:
         with torch.no_grad():
             self.old_logprobs = [_logprobs(learner.model, piece, learner)[0] for piece in self.pieces]
 
-    def loss(self, piece: _Piece, learner: Learner) -> tuple[Tensor, PolicyReport]:
-        """The piece's part of the mini-batch's loss."""
-        recipe = learner.recipe
+    def loss(self, place: int, learner: Learner) -> tuple[Tensor, PolicyReport]:
+        """The part of the mini-batch's loss that comes from the piece at `place`."""
+        recipe, piece = learner.recipe, self.pieces[place]
         logprobs, entropy = _logprobs(learner.model, piece, learner)
         reference = None
         if recipe.loss.kl > 0 and learner.reference is not None:
             with torch.no_grad():
                 reference = _logprobs(learner.reference, piece, learner)[0]
-        old = self.old_logprobs[self.pieces.index(piece)] if self.old_logprobs else logprobs.detach()
+        old = self.old_logprobs[place] if self.old_logprobs else logprobs.detach()
         batch = PolicyBatch(
             owner=piece.completions[piece.forest.owners],
             advantages=self.advantages,

@@ -70,3 +70,21 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, error, reason):
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     with pytest.raises(UserError, match=rf"^owner/model: no such folder here, and the hub {reason}$"):
         resolve("owner/model")
+
+
+def test_a_package_names_the_model_that_it_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`package:NAME` is the one .gguf file in an installed package; none, several, and no package are refused."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "carrier"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('nobody imports this')")
+    with pytest.raises(UserError, match=r"0 \.gguf files"):
+        resolve("package:carrier")
+    (package / "model.gguf").touch()
+    assert resolve("package:carrier") == package / "model.gguf"
+    (package / "other.gguf").touch()
+    with pytest.raises(UserError, match=r"2 \.gguf files"):
+        resolve("package:carrier")
+    for name in ("no_such_package", "../carrier", ""):
+        with pytest.raises(UserError, match="no such Python package"):
+            resolve(f"package:{name}")
