@@ -58,6 +58,7 @@ def fathom_side(options: dict[str, Any]) -> Callable[[], dict[str, float]]:
     from fathom.config.rl import RLRecipe
     from fathom.tasks.checker import Checker
     from fathom.train import rl
+    from fathom.train.learner import update
     from fathom.train.rollout import Roller, seed_of
 
     scratch = tempfile.mkdtemp()
@@ -84,7 +85,7 @@ def fathom_side(options: dict[str, Any]) -> Callable[[], dict[str, float]]:
         groups = roller.groups(problems, options["samples"], seed=seed_of(learner.progress.step))
         groups = [_scored(group) for group in groups]
         rolled = time.perf_counter()
-        values = rl.update(learner, groups)
+        values = update(learner, groups)
         engine.load_weights(learner.model)
         ended = time.perf_counter()
         tokens = sum(len(r.drawn.tokens) for group in groups for r in group.rollouts)
@@ -223,30 +224,34 @@ def main() -> None:
         parser.error("--model: name a .gguf file or a model folder")
     arguments = {name: getattr(options, name) for name in ("problems", "samples", "tokens", "rows")}
     arguments["model"] = _folder(options.model)
-    sides, logs = {}, {}
-    for name in ("fathom", *options.variants):
-        python = sys.executable if name == "fathom" else options.trl_python
-        command = [python, "-m", "benchmarks.rl_step", "--side", json.dumps(arguments | {"variant": name})]
-        logs[name] = tempfile.TemporaryFile("w+")  # what libraries say is of interest only where a side fails
-        sides[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[name], text=True
-        )
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for turn in range(options.rounds + 1):  # the first one warms up
-        for name, side in sides.items():
-            with contextlib.suppress(BrokenPipeError):
-                side.stdin.write("step\n")
-                side.stdin.flush()
-            answer = side.stdout.readline()
-            if not answer:
-                logs[name].seek(0)
-                sys.exit(f"{logs[name].read()[-3000:]}\n{name} ended with exit code {side.wait()}")
+    names = ("fathom", *options.variants)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        sides, logs = {}, {}
+        for name in names:
+            python = sys.executable if name == "fathom" else options.trl_python
+            command = [python, "-m", "benchmarks.rl_step", "--side", json.dumps(arguments | {"variant": name})]
+            # What libraries say is of interest only where a side fails.
+            logs[name] = stack.enter_context(tempfile.TemporaryFile("w+"))
+            sides[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=logs[name], text=True
+            )
+            stack.callback(sides[name].kill)
+        for turn in range(options.rounds + 1):  # the first one warms up
+            for name, side in sides.items():
+                with contextlib.suppress(BrokenPipeError):
+                    side.stdin.write("step\n")
+                    side.stdin.flush()
+                answer = side.stdout.readline()
+                if not answer:
+                    logs[name].seek(0)
+                    sys.exit(f"{logs[name].read()[-3000:]}\n{name} ended with exit code {side.wait()}")
+                if turn:
+                    found[name].append(json.loads(answer))
             if turn:
-                found[name].append(json.loads(answer))
-        if turn:
-            print(f"round {turn}: " + ", ".join(f"{n} {f[-1]['seconds']:.1f} s" for n, f in found.items()), flush=True)
-    for side in sides.values():
-        side.kill()
+                print(
+                    f"round {turn}: " + ", ".join(f"{n} {f[-1]['seconds']:.1f} s" for n, f in found.items()), flush=True
+                )
     medians = {name: statistics.median(one["seconds"] for one in values) for name, values in found.items()}
     best = min(options.variants, key=lambda name: medians[name])
     ratios = [t["seconds"] / o["seconds"] for t, o in zip(found[best], found["fathom"], strict=True)]

@@ -1,6 +1,6 @@
 """What a reinforcement-learning run is: a model, a task, rewards, and a loss."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -70,8 +70,6 @@ class RolloutSection(Section):
     """Longest completion."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Of sampling, and of the policy that is trained."""
-    thinking_budget: int | None = Field(default=None, ge=0)
-    """Thoughts are closed after so many tokens; none: they are free."""
     resample: int = Field(default=0, ge=0)
     """Dynamic sampling (DAPO §3.2): where all rewards of a group are equal, other problems are drawn, so many times."""
     endpoint: str | None = None
@@ -129,7 +127,7 @@ class RLEvalSection(Section):
         "不对",
     )  # fmt: skip
     """Words that are counted in thoughts as signs of reflection."""
-    budgets: tuple[int, ...] = ()
+    budgets: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """At the end, also measure with thoughts cut at each of these numbers of tokens."""
 
 
@@ -173,6 +171,11 @@ class RLRecipe(Recipe):
             raise ValueError(
                 f"rollout.problems = {self.rollout.problems} must be a multiple of train.mini_batches = "
                 f"{self.train.mini_batches}"
+            )
+        if self.loss.sampler_correction != "none" and self.rollout.temperature != 1:
+            raise ValueError(
+                f"loss.sampler_correction = {self.loss.sampler_correction} needs rollout.temperature = 1, at which "
+                "engines give log-probabilities"
             )
         if self.task.start is not None and self.task.start > self.task.levels:
             raise ValueError(f"task.start = {self.task.start} is above task.levels = {self.task.levels}")

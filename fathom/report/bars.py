@@ -22,7 +22,7 @@ class Bars:
         return "; ".join(f"{name}: {plain(100 * share)} %" for name, share in self.shares) + "."
 
 
-def draw_bars(bars: Bars, *, width: float = 400) -> str:
+def draw_bars(bars: Bars, *, width: float = 360) -> str:
     """One `<svg>` element: a name above each bar, the number behind it, the whole width being 100 %."""
     full = width - 28 - 60
     height = len(bars.shares) * (NAME_ROW + BAR + GAP)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fathom.report.axis import Axis, Scale, scale, steps_scale
 
-LETTER = 7.0
+LETTER = 7.6
 """A letter's mean width in the size of type that `chart.css` sets."""
 ROW = 19.0
 """From one line of type to the next."""
@@ -80,7 +80,7 @@ class Chart:
         return " ".join(said)
 
 
-def draw(chart: Chart, *, width: float = 400, height: float = 250, alone: bool = False) -> str:
+def draw(chart: Chart, *, width: float = 360, height: float = 240, alone: bool = False) -> str:
     """The chart as one `<svg>` element; with `alone`, as a file that brings its title, colours and ground along."""
     x, lefts, rights, top = _layout(chart, width, height, alone)
     bottom = height - 2 * ROW - 4
@@ -96,19 +96,19 @@ def draw(chart: Chart, *, width: float = 400, height: float = 250, alone: bool =
         parts += [f"<style>{style}</style>", f'<rect class="ground" width="{width:g}" height="{height:g}"/>']
         parts.append(_text(PAD, ROW + 3, chart.title, "title"))
     parts += _legend(chart, width, first_row=_head(alone))
-    parts.append(_text(PAD, top - ROW / 2 - 2, chart.axis.title, "axis"))
+    parts.append(_text(PAD, top - ROW / 2 - 5, chart.axis.title, "axis"))
     for value, label in lefts.ticks:
         parts.append(f'<path class="grid" d="M{x.start:.1f},{lefts(value):.1f}H{x.end:.1f}"/>')
         parts.append(_text(x.start - 7, lefts(value) + 4.5, label, "tick", "end"))
     if chart.second is not None and rights is not None:
-        parts.append(_text(width - PAD, top - ROW / 2 - 2, chart.second.title, "axis", "end"))
+        parts.append(_text(width - PAD, top - ROW / 2 - 5, chart.second.title, "axis", "end"))
         parts += [_text(x.end + 7, rights(value) + 4.5, label, "tick") for value, label in rights.ticks]
     parts += [_text(x(value), bottom + ROW - 2, label, "tick", "middle") for value, label in x.ticks]
     parts += [f'<path class="grid" d="M{x(value):.1f},{bottom:.1f}v4"/>' for value, _ in x.ticks]
     parts.append(_text((x.start + x.end) / 2, height - 5, chart.along, "axis", "middle"))
     if chart.level is not None:
         parts.append(f'<path class="level" d="M{x.start:.1f},{lefts(chart.level[1]):.1f}H{x.end:.1f}"/>')
-    for number, series in enumerate(chart.series, start=1):
+    for number, series in sorted(enumerate(chart.series, start=1), key=lambda pair: pair[1].marked):
         y = rights if series.second and rights is not None else lefts
         parts += _line(series, number, x, y, chart.axis_of(series))
     return "\n".join([*parts, "</svg>"])
@@ -117,7 +117,7 @@ def draw(chart: Chart, *, width: float = 400, height: float = 250, alone: bool =
 def _layout(chart: Chart, width: float, height: float, alone: bool) -> tuple[Scale, Scale, Scale | None, float]:
     """Scales of steps, left and right axis, and the upper end of the lines' area."""
     rows = 1 + max((row for row, _, _ in _legend_places(chart, width)), default=-1)
-    top, bottom = _head(alone) + rows * ROW + ROW + 10, height - 2 * ROW - 4
+    top, bottom = _head(alone) + rows * ROW + ROW + 13, height - 2 * ROW - 4
 
     def fit(axis: Axis, *, second: bool) -> Scale:
         values = [value for series in chart.series if series.second is second for _, value in series.known]
@@ -150,13 +150,13 @@ def _legend_places(chart: Chart, width: float) -> Iterator[tuple[int, float, str
         if place > PAD and place + needed > width - PAD:
             row, place = row + 1, PAD
         yield row, place, name
-        place += needed + 14
+        place += needed + 16
 
 
 def _legend(chart: Chart, width: float, *, first_row: float) -> Iterator[str]:
     for number, (row, place, name) in enumerate(_legend_places(chart, width), start=1):
         y = first_row + (row + 0.75) * ROW
-        kind = f"line s{number}" if number <= len(chart.series) else "level"
+        kind = _kind(chart.series[number - 1], number) if number <= len(chart.series) else "level"
         yield f'<path class="{kind}" d="M{place:.1f},{y - 4.5:.1f}h{SWATCH - 7:g}"/>'
         yield _text(place + SWATCH, y, name, "legend")
 
@@ -169,10 +169,14 @@ def _line(series: Series, number: int, x: Scale, y: Scale, axis: Axis) -> Iterat
             places = [f"{x(step):.1f},{y(value):.1f}" for step, value in run if value is not None]
             pieces.append("M" + "L".join(places))
             dots += places if series.marked or len(places) == 1 else []
-    yield f'<path class="line s{number}" d="{"".join(pieces)}"/>'
+    yield f'<path class="{_kind(series, number)}" d="{"".join(pieces)}"/>'
     for place in dots:
         cx, _, cy = place.partition(",")
         yield f'<circle class="dot s{number}" cx="{cx}" cy="{cy}" r="3"/>'
+
+
+def _kind(series: Series, number: int) -> str:
+    return f"line s{number}{' marked' if series.marked else ''}"
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:

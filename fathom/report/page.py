@@ -24,6 +24,7 @@ from fathom.report.chart import draw, table
 from fathom.report.figures import budgets, figures, headline, levels, probe
 from fathom.report.measurements import Measurements, number
 from fathom.report.recipe_table import recipe_fields
+from fathom.report.tables import plural
 from fathom.train.run import RunFolder, replace_text
 
 SAMPLES = 6
@@ -152,7 +153,7 @@ def _facts(run: _Run) -> Iterator[tuple[str, str]]:
     yield "steps", f"{done:,}" if run.steps is None else f"{done:,} of {run.steps:,}"
     skipped = sum(bool(line.get("skipped")) for line in measured.train)
     if skipped:
-        yield "skipped, not finite", f"{skipped:,} steps"
+        yield "skipped, not finite", plural(skipped, "step")
     spent = sum(measured.total("train", key) for key in ("seconds", "rollout_seconds", "update_seconds"))
     if spent:
         yield "time in steps", _duration(spent)

@@ -19,13 +19,13 @@ class Rewards(Section):
 
     layout: Layout = Layout()
     """Where thought and answer are looked for."""
-    accuracy: float = Field(default=1.0, ge=0)
+    accuracy: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the task's own score of the answer, 0 to 1."""
-    format: float = Field(default=1.0, ge=0)
+    format: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of keeping the layout to the letter, 0 or 1 (R1-Zero: equal to accuracy)."""
-    language: float = Field(default=0.0, ge=0)
+    language: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the share of the thought's words that are in the problem's language, 0 to 1 (R1: 1)."""
-    overlong: float = Field(default=0.0, ge=0)
+    overlong: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the punishment for nearing the token limit, -1 to 0 (DAPO: 1)."""
     overlong_share: float = Field(default=0.2, gt=0, le=1)
     """The last share of the token limit, over which that punishment grows from 0 to -1 (DAPO: 4,096 of 20,480)."""

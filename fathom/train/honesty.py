@@ -56,7 +56,7 @@ def _reflections(thought: str, words: Sequence[str]) -> float:
     lowered = thought.lower()
     return sum(
         len(re.findall(rf"\b{re.escape(word)}\b" if word.isascii() and word.isalpha() else re.escape(word), lowered))
-        for word in words
+        for word in map(str.lower, filter(None, words))
     )
 
 

@@ -8,7 +8,7 @@ run sees what the unbroken one would have seen.
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -100,8 +100,13 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def draw_problems(task: Task, split: Split, levels: int, count: int, *, seed: int) -> list[Problem]:
-    """`count` different problems of levels 1 to `levels`; which level each is of is drawn too."""
+def draw_problems(
+    task: Task, split: Split, levels: int, count: int, *, seed: int, without: Collection[str] = ()
+) -> list[Problem]:
+    """`count` different problems of levels 1 to `levels`, or as many as are found; which level each is of is drawn too.
+
+    `without` are questions not to be asked again.
+    """
     source = random.Random(seed)
     streams: dict[int, Iterator[Problem]] = {}
     found: dict[str, Problem] = {}
@@ -111,12 +116,13 @@ def draw_problems(task: Task, split: Split, levels: int, count: int, *, seed: in
         if level not in streams:
             streams[level] = task.problems(split, level=level, seed=seed)
         problem = next(streams[level])
-        found.setdefault(problem.key or problem.question, problem)
+        if problem.question not in without:
+            found.setdefault(problem.key or problem.question, problem)
     return list(found.values())
 
 
 def held_out_problems(task: Task, levels: int, count: int, *, seed: int) -> list[Problem]:
-    """The same problems whenever asked: `count` held out, in equal parts of every level, none of them twice."""
+    """The same problems whenever asked: about `count` held out, as many of every level, none of them twice."""
     found: dict[str, Problem] = {}
     for level in range(1, levels + 1):
         stream, wanted = task.problems("held-out", level=level, seed=seed), len(found) + -(-count // levels)
@@ -197,14 +203,20 @@ class Roller:
     def __init__(self, recipe: RLRecipe, engine: Engine, tokenizer: Tokenizer, checker: Checker) -> None:
         self._recipe, self._engine, self._tokenizer, self._checker = recipe, engine, tokenizer, checker
         self._ask = Asker(tokenizer, recipe.prompt)
+        self.too_long = 0
+        """Problems so far whose prompt left no room in the model's context, and were left out."""
+        if recipe.rollout.max_tokens >= engine.context:
+            raise UserError(
+                f"rollout.max_tokens = {recipe.rollout.max_tokens}, but prompt and completion together have "
+                f"{engine.context} tokens at most in this model"
+            )
 
     def groups(self, problems: Sequence[Problem], samples: int, *, seed: int) -> list[Group]:
         """`samples` completions of each problem, scored; fewer where some could not be drawn."""
         rollout = self._recipe.rollout
-        prompts = [self._ask(problem) for problem in problems]
-        thinking = None if rollout.thinking_budget is None else Thinking(budget=rollout.thinking_budget)
+        problems, prompts = self._prompts(problems)
         requests = [
-            self._request(prompt, rollout.temperature, seed_of(seed, place, sample), thinking)
+            self._request(prompt, rollout.temperature, seed_of(seed, place, sample))
             for place, prompt in enumerate(prompts)
             for sample in range(samples)
         ]
@@ -235,11 +247,10 @@ class Roller:
         """
         begun = self._tokenizer.encode(begin, special=True)
         thinking = None if budget is None else Thinking(budget=budget)
+        problems, prompts = self._prompts(problems)
         requests = [
-            self._request(
-                self._ask(problem) + begun, temperature, seed_of(seed, place), thinking, bias, begin.endswith(OPENING)
-            )
-            for place, problem in enumerate(problems)
+            self._request(prompt + begun, temperature, seed_of(seed, place), thinking, bias, begin.endswith(OPENING))
+            for place, prompt in enumerate(prompts)
         ]
         drawn = draw(self._engine, requests, retries=self._recipe.rollout.retries)
         scored = self.score(problems, drawn, begin=begin)
@@ -260,12 +271,26 @@ class Roller:
             result[place] = Rollout(drawn[place], texts[place], reward)
         return result
 
+    def _prompts(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
+        """Those that fit into the model's context beside a completion, and their prompts."""
+        asked = [(problem, self._ask(problem)) for problem in problems]
+        most = self._engine.context - self._recipe.rollout.max_tokens
+        fitting = [(problem, prompt) for problem, prompt in asked if len(prompt) <= most]
+        self.too_long += len(asked) - len(fitting)
+        if asked and not fitting:
+            raise UserError(
+                f"task {self._recipe.task.name}: its prompts have {min(len(prompt) for _, prompt in asked)} tokens and "
+                f"more, of which this model takes {most} beside {self._recipe.rollout.max_tokens} of a completion; "
+                "lower rollout.max_tokens or the level"
+            )
+        return [problem for problem, _ in fitting], [prompt for _, prompt in fitting]
+
     def _request(
         self,
         prompt: list[int],
         temperature: float,
         seed: int,
-        thinking: Thinking | None,
+        thinking: Thinking | None = None,
         bias: dict[int, float] | None = None,
         starts_thinking: bool = False,
     ) -> Request:

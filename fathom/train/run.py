@@ -146,6 +146,8 @@ def begin_run(run: RunFolder, recipe: Recipe, *, overwrite: bool) -> None:
         if overwrite:
             run.metrics.unlink(missing_ok=True)
             run.samples.unlink(missing_ok=True)
+            (run.path / "report.html").unlink(missing_ok=True)
+            shutil.rmtree(run.path / "best", ignore_errors=True)
             shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.checkpoints.mkdir(exist_ok=True)
         sweep(run.checkpoints)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
         engine.submit(ask([5], 500), lambda _: begun.set())
     begun.wait()
     if sys.argv[1] == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background lacks it
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
         while True:
             engine.generate([[5]] * 8, max_tokens=500)

@@ -64,7 +64,17 @@ def test_bfloat16_with_float32_masters(d):
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{}, {"N": 1, "K": 1}, {"E": 60}, {"N": 2100, "K": 2, "E": 2}, {"d": 70, "I": 34}, {"N": 1100, "K": 2, "E": 2, "d": 34, "I": 18}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"N": 1, "K": 1},
+        {"E": 60},
+        {"N": 2100, "K": 2, "E": 2},
+        {"d": 70, "I": 34},
+        {"N": 1100, "K": 2, "E": 2, "d": 34, "I": 18},
+    ],
+)
 def test_kernels_equal_the_operators(monkeypatch, sizes, master):
     """The kernels' grouped products and PyTorch's agree within bfloat16's rounding of what is between them."""
     if not training.available():

@@ -22,6 +22,7 @@ from fathom.errors import UserError
 from fathom.model.checkpoint import save_model
 from fathom.model.transformer import Transformer
 from fathom.tasks.catalogue import open_task
+from fathom.train import learner
 from fathom.train.metrics import read_metrics
 from fathom.train.rl import RLResult, train_rl
 from fathom.train.rollout import draw, draw_problems, held_out_problems
@@ -204,8 +205,8 @@ def test_a_step_that_is_no_number_changes_nothing(
     recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss of NaN is said and skipped; after too many in a row the run stops with everything saved."""
-    original = module.policy_loss
-    monkeypatch.setattr(module, "policy_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
+    original = learner.policy_loss
+    monkeypatch.setattr(learner, "policy_loss", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
     with pytest.raises(UserError, match="2 in a row"):
         run(changed(recipe, {"train": {"max_bad_steps": 2}, "eval": {"probe": False}}), tmp_path)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -301,3 +302,93 @@ def test_every_step_is_measured(recipe: RLRecipe, tmp_path: Path) -> None:
     first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert {"pass@1", "probe_thinking", "probe_guessing"} <= set(first)
     assert (result.folder / "samples.md").read_text().count("## Step") >= 2
+
+
+def test_a_reference_wanted_later_is_taken_then(
+    recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KL term turned on at resume compares with the policy of that moment, and one turned off leaves no reference."""
+    stop_after(monkeypatch, 2)
+    run(recipe, tmp_path)
+    monkeypatch.undo()
+    stop_after(monkeypatch, 1)
+    result, _ = run(changed(recipe, {"loss": {"kl": 0.1}}), tmp_path, resume=True, accept_changes=True)
+    assert module.read_checkpoint(result.checkpoint).reference is not None
+    monkeypatch.undo()
+    result, _ = run(recipe, tmp_path, resume=True, accept_changes=True)
+    assert module.read_checkpoint(result.checkpoint).reference is None
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(recipe: RLRecipe, tmp_path: Path) -> None:
+    """A learning rate that destroys the weights ends the run at once, and leaves no checkpoint of them."""
+    with pytest.raises(UserError, match="no longer numbers"):
+        run(changed(recipe, {"optimizer": {"lr": 1e38}, "checkpoint": {"every": 1}}), tmp_path)
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        assert all(t.isfinite().all() for t in module.read_checkpoint(folder).model.state_dict().values())
+
+
+def test_one_bad_mini_batch_costs_no_other(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first of two mini-batches is no number, the second still makes its step."""
+    original, calls = learner.policy_loss, itertools.count()
+
+    def sometimes(*arguments: Any) -> Any:
+        loss, report = original(*arguments)
+        return (loss * math.nan if next(calls) == 0 else loss), report
+
+    monkeypatch.setattr(learner, "policy_loss", sometimes)
+    changes = {"train": {"mini_batches": 2, "steps": 1, "rows": 10_000}, "eval": {"probe": False}}
+    result, _ = run(changed(recipe, changes), tmp_path)
+    before = module.load(recipe.model, dtype="float32")[0].state_dict()
+    after = module.read_checkpoint(result.checkpoint).model.state_dict()
+    assert all(t.isfinite().all() for t in after.values())
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_whatever_ends_a_run_costs_no_step(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected, in the last evaluation, leaves a checkpoint of the last step."""
+    calls = itertools.count()
+
+    def fails(*_: Any, **__: Any) -> dict[str, float]:
+        if next(calls) == 2:
+            raise MemoryError
+        return {"pass@1": 0.0, "accuracy": 0.0}
+
+    monkeypatch.setattr(module, "_evaluate", fails)
+    with pytest.raises(MemoryError):
+        run(changed(recipe, {"checkpoint": {"every": 99}, "eval": {"probe": False}}), tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_an_overwritten_run_leaves_no_best_model(recipe: RLRecipe, tmp_path: Path) -> None:
+    """What an earlier run of the name found best is gone with it."""
+    old = tmp_path / "run" / "best" / "step_00000009"
+    run(changed(recipe, {"train": {"steps": 1}}), tmp_path)
+    old.mkdir(parents=True)
+    run(changed(recipe, {"train": {"steps": 1}}), tmp_path, overwrite=True)
+    assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval": {"budgets": (-1,)}}, "budgets"),
+        ({"rollout": {"temperature": 0.7}, "loss": {"sampler_correction": "truncate"}}, "temperature"),
+        ({"train": {"mini_batches": 3}}, "mini_batches"),
+        ({"task": {"start": 3}}, "start"),
+        ({"prompt": {"template": "no question"}}, "question"),
+        ({"rewards": {"accuracy": 1e39}}, "accuracy"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(recipe: RLRecipe, changes: dict, message: str) -> None:
+    """A recipe that could only fail later is refused when it is read, naming the field."""
+    values = recipe.model_dump()
+    for section, fields in changes.items():
+        values[section] |= fields
+    with pytest.raises(UserError, match=message):
+        RLRecipe.parse(values, where="recipe")
+
+
+def test_completions_longer_than_the_context_are_refused(recipe: RLRecipe, tmp_path: Path) -> None:
+    """More tokens than the model has room for are named before the first step."""
+    with pytest.raises(UserError, match=r"rollout\.max_tokens"):
+        run(changed(recipe, {"rollout": {"max_tokens": 64}}), tmp_path)

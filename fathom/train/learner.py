@@ -1,0 +1,248 @@
+"""What reinforcement learning changes: a policy, and the update of it that groups of rollouts ask for.
+
+A mini-batch of groups becomes pieces, each a forest (`fathom.model.forest`) for one forward pass. Groups whose rewards
+are all equal give no gradient and are left out of it, unless a KL term asks for them too.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fathom.config.rl import RLRecipe
+from fathom.data.tokenizer import Tokenizer
+from fathom.errors import UserError
+from fathom.model.cross_entropy import logprobs_and_entropy
+from fathom.model.forest import Forest, Tree
+from fathom.model.transformer import Transformer
+from fathom.train.grpo import PolicyBatch, PolicyReport, completion_weights, group_advantages, policy_loss
+from fathom.train.optimizers import Optimizer
+from fathom.train.rollout import Group
+from fathom.train.schedule import constant_lr_at
+from fathom.train.state import Contents, Progress, State
+
+
+class NoNumbers(UserError):
+    """What was learnt is lost: no checkpoint of it may take the place of a good one."""
+
+
+@dataclass
+class Learner:
+    """Everything that a step reads and changes."""
+
+    recipe: RLRecipe
+    model: Transformer
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    progress: Progress
+    reference: Transformer | None
+    """The policy that `loss.kl` keeps near to."""
+
+    @property
+    def level(self) -> int:
+        """The hardest level that problems come from."""
+        section = self.recipe.task
+        return section.levels if section.start is None else min(self.progress.data["level"], section.levels)
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this moment holds."""
+        return Contents(
+            config=self.model.config,
+            weights=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema=None,
+            progress=self.progress,
+            recipe=self.recipe,
+            tokenizer=self.tokenizer,
+            reference=None if self.reference is None else self.reference.state_dict(),
+        )
+
+
+def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
+    """The optimizer steps of one rollout. Returns their metrics; `skipped` says that one was not made."""
+    recipe, progress, model = learner.recipe, learner.progress, learner.model
+    lr = constant_lr_at(progress.step, recipe.train.warmup_steps, recipe.optimizer.lr)
+    if recipe.loss.kl > 0 and (learner.reference is None or progress.step % recipe.train.reference_every == 0):
+        learner.reference = frozen_copy(model)
+    parts = recipe.train.mini_batches
+    batches = [batch for part in range(parts) if (batch := _MiniBatch.of(groups[part::parts], learner))]
+    if parts > 1:
+        for batch in batches:
+            batch.remember_old(learner)
+    report: PolicyReport | None = None
+    loss, norms, skipped = 0.0, [], False
+    for batch in batches:
+        own_loss = 0.0
+        for place in range(len(batch.pieces)):
+            piece_loss, piece_report = batch.loss(place, learner)
+            piece_loss.backward()
+            own_loss += float(piece_loss.detach())
+            report = piece_report if report is None else report + piece_report
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = float(get_total_norm([p.grad for p in parameters]))
+        norms.append(norm)
+        loss += own_loss / len(batches)
+        if math.isfinite(norm) and math.isfinite(own_loss):
+            clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
+            learner.optimizer.step(lr)
+        else:
+            skipped = True
+        learner.optimizer.zero_grad()
+    if batches and not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
+        raise NoNumbers(
+            f"step {progress.step + 1}: the weights are no longer numbers; lower optimizer.lr and go on from the last "
+            "checkpoint with --resume --accept-changes"
+        )
+    progress.step += 1
+    progress.tokens += 0 if report is None else int(report.tokens)
+    progress.bad_steps += skipped
+    if batches:
+        progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
+    metrics = {"loss": loss, "skipped": skipped, "grad_norm": max(norms, default=0.0), "lr": lr}
+    return metrics | ({} if report is None else report.means())
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one forward pass computes: some groups of a mini-batch."""
+
+    forest: Forest
+    completions: Tensor
+    """[branches] int64: each branch's row in the mini-batch."""
+    sampler_logprobs: Tensor
+    """[M]: the engine's."""
+    routes: Tensor | None
+    """[mixtures, S, K] int64."""
+
+
+@dataclass
+class _MiniBatch:
+    """Groups that one optimizer step is made of."""
+
+    advantages: Tensor
+    """[N]."""
+    weights: Tensor
+    """[N]."""
+    pieces: list[_Piece]
+    """Without the groups that no gradient comes from."""
+    old_logprobs: list[Tensor] = field(default_factory=list)
+    """[M] per piece, where later mini-batches compare with the policy before the first."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], learner: Learner) -> "_MiniBatch | None":
+        """None where there is nothing to learn."""
+        if not groups:
+            return None
+        recipe, on = learner.recipe, learner.model.model.embed_tokens.weight.device
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        owner = torch.tensor([place for place, group in enumerate(groups) for _ in group.rollouts], device=on)
+        rewards = torch.tensor([rollout.reward.total for rollout in rollouts], device=on)
+        advantages = group_advantages(rewards, owner, recipe.loss)
+        weights = completion_weights(
+            torch.tensor([len(rollout.drawn.tokens) for rollout in rollouts], device=on),
+            recipe.loss,
+            max_tokens=recipe.rollout.max_tokens,
+            truncated=torch.tensor([not rollout.drawn.finished for rollout in rollouts], device=on),
+        )
+        firsts, first = [], 0
+        for group in groups:
+            firsts.append(first)
+            first += len(group.rollouts)
+        teaching = [
+            (group, first)
+            for group, first in zip(groups, firsts, strict=True)
+            if group.informative or recipe.loss.kl > 0
+        ]
+        pieces = [_piece(part, learner) for part in _packed(teaching, recipe.train.rows)]
+        return cls(advantages, weights, pieces) if pieces else None
+
+    def remember_old(self, learner: Learner) -> None:
+        """Keep the policy's log-probabilities as they are now."""
+        with torch.no_grad():
+            self.old_logprobs = [_logprobs(learner.model, piece, learner)[0] for piece in self.pieces]
+
+    def loss(self, place: int, learner: Learner) -> tuple[Tensor, PolicyReport]:
+        """The part of the mini-batch's loss that comes from the piece at `place`."""
+        recipe, piece = learner.recipe, self.pieces[place]
+        logprobs, entropy = _logprobs(learner.model, piece, learner)
+        reference = None
+        if recipe.loss.kl > 0 and learner.reference is not None:
+            with torch.no_grad():
+                reference = _logprobs(learner.reference, piece, learner)[0]
+        old = self.old_logprobs[place] if self.old_logprobs else logprobs.detach()
+        batch = PolicyBatch(
+            owner=piece.completions[piece.forest.owners],
+            advantages=self.advantages,
+            weights=self.weights,
+            old_logprobs=old,
+            reference_logprobs=reference,
+            # The engine speaks of temperature 1.
+            sampler_logprobs=piece.sampler_logprobs if recipe.rollout.temperature == 1 else None,
+            entropy=entropy,
+        )
+        return policy_loss(logprobs, batch, recipe.loss)
+
+
+def _packed(groups: Sequence[tuple[Group, int]], rows: int) -> Iterator[list[tuple[Group, int]]]:
+    """Neighbouring groups, as many as `rows` tokens hold but at least one."""
+    part: list[tuple[Group, int]] = []
+    taken = 0
+    for group, first in groups:
+        size = _tree(group).rows
+        if part and taken + size > rows:
+            yield part
+            part, taken = [], 0
+        part.append((group, first))
+        taken += size
+    if part:
+        yield part
+
+
+def _tree(group: Group) -> Tree:
+    return Tree(group.prompt_ids, [rollout.drawn.tokens for rollout in group.rollouts])
+
+
+def _piece(groups: Sequence[tuple[Group, int]], learner: Learner) -> _Piece:
+    on = learner.model.model.embed_tokens.weight.device
+    forest = Forest.plant([_tree(group) for group, _ in groups], on)
+    rollouts = [rollout for group, _ in groups for rollout in group.rollouts]
+    completions = [first + place for group, first in groups for place in range(len(group.rollouts))]
+    sampled = [logprob for rollout in rollouts for logprob in rollout.drawn.logprobs]
+    routes = None
+    if learner.recipe.rollout.replay_routes and all(rollout.drawn.routes is not None for rollout in rollouts):
+        routes = torch.cat([part for group, _ in groups for part in _routes(group)]).transpose(0, 1).long().to(on)
+    return _Piece(forest, torch.tensor(completions, device=on), torch.tensor(sampled, device=on), routes)
+
+
+def _routes(group: Group) -> Iterator[Tensor]:
+    """The routes of a tree's rows, [rows, mixtures, K] each: of its trunk, then of every branch."""
+    length = len(group.prompt_ids)
+    found = [rollout.drawn.routes for rollout in group.rollouts if rollout.drawn.routes is not None]
+    yield found[0][:length]
+    for routes in found:
+        yield routes[length:]
+
+
+def _logprobs(model: Transformer, piece: _Piece, learner: Learner) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [M] of every token that was drawn."""
+    hidden, _ = model.forest_states(piece.forest, routes=piece.routes)
+    return logprobs_and_entropy(
+        hidden[piece.forest.sources],
+        model.lm_head.weight,
+        piece.forest.targets,
+        temperature=learner.recipe.rollout.temperature,
+    )
+
+
+def frozen_copy(model: Transformer) -> Transformer:
+    """The same numbers in tensors of their own, not to be trained."""
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    state: State = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(state, assign=True)
+    copy.compute_dtype = model.compute_dtype
+    return copy.requires_grad_(False)
