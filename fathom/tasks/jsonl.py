@@ -100,7 +100,6 @@ def _without_latex(text: str) -> str:
 
 
 def _read(path: Path) -> list[Problem]:
-    _require_math_verify(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -109,6 +108,7 @@ def _read(path: Path) -> list[Problem]:
         raise UserError(f"{path}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    _require_math_verify(path)
     problems = [_problem(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise UserError(f"{path}: no rows; each line is an object with 'question' and 'answer'")
