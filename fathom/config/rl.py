@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from fathom.config.policy import PRESETS, PolicyLoss
 from fathom.config.recipe import OptimizerSection, Positive, Recipe
+from fathom.config.rewards import Rewards
 from fathom.config.section import Section
 from fathom.errors import nearest
-from fathom.tasks.rewards import Rewards
 
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question and the assistant solves it. The assistant "

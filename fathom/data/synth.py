@@ -10,17 +10,15 @@ before it is written.
 
 import random
 from collections.abc import Iterator, Mapping
-from typing import Annotated
 
 from pydantic import Field
 
+from fathom.config.recipe import Share
 from fathom.config.section import Section
 from fathom.errors import UserError
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.options import read_options, split_name
 from fathom.tasks.task import Problem, Task, judge
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class SyntheticSettings(Section):

@@ -1,7 +1,7 @@
 """Whole completions from an engine, for programs that do not stream."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fathom.engine.protocol import Chunk, Engine, FinishReason, QueueFull, Request, Ticket, TokenLogprob, Usage
@@ -83,3 +83,17 @@ def complete(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
             completion.add(chunk)
         completions.append(completion)
     return completions
+
+
+def listed(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
+    """`prompts` as a list. Raises `UserError` for what is likely meant as one prompt, or as a conversation."""
+    if isinstance(prompts, str):
+        shown = prompts if len(prompts) <= 20 else f"{prompts[:19]}…"
+        raise UserError(f"prompts is one text; give a list: [{shown!r}]")
+    listed = list(prompts)
+    for prompt in listed:
+        if isinstance(prompt, int):
+            raise UserError("prompts is one list of token ids; give a list of them: [[1, 2, …]]")
+        if isinstance(prompt[0] if isinstance(prompt, list) and prompt else prompt, Mapping):
+            raise UserError("prompts are texts or token ids, not messages; put them into the chat template first")
+    return listed

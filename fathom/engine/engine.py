@@ -33,7 +33,7 @@ import reprlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ from pydantic import Field
 from fathom.config.section import Section
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.blocks import SINGLES_BELOW, BlockPool
-from fathom.engine.complete import Completion, complete
+from fathom.engine.complete import Completion, complete, listed
 from fathom.engine.consensus import consensus
 from fathom.engine.constraint import GrammarCompiler
 from fathom.engine.dense import dense_decoder
@@ -223,7 +223,7 @@ class Engine:
         """
         if self._closing:
             raise UserError("this engine is closed; make another one")
-        prompts = _listed(prompts)
+        prompts = listed(prompts)
         _refuse_unknown(sampling)
         if best_of < 1 or (check is not None and best_of < 2):
             raise UserError(f"best_of {best_of}: nothing to choose from; give how many to draw for each prompt")
@@ -489,20 +489,6 @@ class Engine:
 def _dtype_of(model: Transformer) -> torch.dtype:
     """Of the activations."""
     return model.compute_dtype or model.model.embed_tokens.weight.dtype
-
-
-def _listed(prompts: Iterable[str | list[int]]) -> list[str | list[int]]:
-    """`prompts` as a list. Raises `UserError` for what is likely meant as one prompt, or as a conversation."""
-    if isinstance(prompts, str):
-        shown = prompts if len(prompts) <= 20 else f"{prompts[:19]}…"
-        raise UserError(f"prompts is one text; give a list: [{shown!r}]")
-    listed = list(prompts)
-    for prompt in listed:
-        if isinstance(prompt, int):
-            raise UserError("prompts is one list of token ids; give a list of them: [[1, 2, …]]")
-        if isinstance(prompt[0] if isinstance(prompt, list) and prompt else prompt, Mapping):
-            raise UserError("prompts are texts or token ids, not messages; put them into the chat template first")
-    return listed
 
 
 def _refuse_unknown(sampling: Iterable[str]) -> None:

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Self
 
+from fathom.config.rewards import Rewards
 from fathom.errors import UserError
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.check_worker import Chunk, Ready, Unusable
 from fathom.tasks.reading import read
-from fathom.tasks.rewards import Reward, Rewards, combine
+from fathom.tasks.rewards import Reward, combine
 from fathom.tasks.task import Problem, Task, Verdict, judge
 
 _START = "import sys; sys.path[:] = sys.argv[2:]; from fathom.tasks.check_worker import serve; serve(int(sys.argv[1]))"

@@ -30,23 +30,12 @@ import html
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-from fathom.config.section import Section
+from fathom.config.rewards import Layout
 from fathom.tasks.characters import PerCharacter, compatible, is_mark, is_unseen
 
 LONGEST_ANSWER = 65_536
 """Characters of an answer, at most: what is longer was not written to be read, and could stall a check."""
-
-
-class Layout(Section):
-    """How a completion is laid out."""
-
-    form: Literal["tags", "boxed", "line", "rest"] = "tags"
-    """Where the answer stands: `tags`, in `<answer>…</answer>` (R1-Zero); `boxed`, in `\\boxed{…}` of the text after
-    the thought; `line`, on the last line, after "Answer:" (or "答案:"); `rest`, all that follows the thought."""
-    thoughts: Literal["required", "optional"] = "required"
-    """Whether a completion is well-formed only with a thought in `<think>…</think>` that says something."""
 
 
 @dataclass(frozen=True)

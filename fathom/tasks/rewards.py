@@ -6,29 +6,10 @@ punishment of overlong completions. The parts are kept beside their weighted sum
 
 from dataclasses import dataclass
 
-from pydantic import Field
-
-from fathom.config.section import Section
+from fathom.config.rewards import Rewards
 from fathom.tasks import language
-from fathom.tasks.reading import Layout, Reading, read, says_something
+from fathom.tasks.reading import Reading, read, says_something
 from fathom.tasks.task import Problem, Task, Verdict, judge
-
-
-class Rewards(Section):
-    """How completions are laid out, and what each part of the reward weighs."""
-
-    layout: Layout = Layout()
-    """Where thought and answer are looked for."""
-    accuracy: float = Field(default=1.0, ge=0, le=1e6)
-    """Weight of the task's own score of the answer, 0 to 1."""
-    format: float = Field(default=1.0, ge=0, le=1e6)
-    """Weight of keeping the layout to the letter, 0 or 1 (R1-Zero: equal to accuracy)."""
-    language: float = Field(default=0.0, ge=0, le=1e6)
-    """Weight of the share of the thought's words that are in the problem's language, 0 to 1 (R1: 1)."""
-    overlong: float = Field(default=0.0, ge=0, le=1e6)
-    """Weight of the punishment for nearing the token limit, -1 to 0 (DAPO: 1)."""
-    overlong_share: float = Field(default=0.2, gt=0, le=1)
-    """The last share of the token limit, over which that punishment grows from 0 to -1 (DAPO: 4,096 of 20,480)."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run has measured: JSON lines for programs, TensorBoard for eyes, Markdown for samples.
 
 On resuming, everything after the checkpoint's step is cut away, so that the files read as if nothing had happened.
-`seconds`, `tokens_per_second` and `gemm_share` are the only values that differ between two equal runs.
+Times and what is derived from them are the only values that differ between two equal runs.
 """
 
 import itertools

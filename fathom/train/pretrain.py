@@ -11,7 +11,7 @@ a function of the recipe and the step's number (`schedule.py`).
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from fathom.train.machine import device, measure_gemm_peak, use_bf16, use_compil
 from fathom.train.metrics import MetricsLog
 from fathom.train.objective import Report, max_violation, pretrain_loss
 from fathom.train.optimizers import Optimizer, build_optimizer
-from fathom.train.run import RunFolder, begin_run, find_checkpoint, newest_model, run_folder
+from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, newest_model, run_folder
 from fathom.train.schedule import (
     bias_rate_at,
     check_schedule,
@@ -49,21 +49,6 @@ from fathom.train.state import Contents, Progress, State, read_checkpoint
 from fathom.train.writer import CheckpointWriter
 
 __all__ = ["RunResult", "dry_run", "pretrain"]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a session of training ended."""
-
-    folder: Path
-    step: int
-    """Steps made, in all sessions."""
-    checkpoint: Path | None
-    """The newest one."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The last one of this session, as in `metrics.jsonl`."""
-    interrupted: bool = False
-    """Stopped by a signal before the last step; the run can be resumed."""
 
 
 @dataclass

@@ -14,7 +14,6 @@ unbroken one, bit for bit.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from fathom.train.machine import device, use_bf16
 from fathom.train.metrics import MetricsLog, read_metrics
 from fathom.train.optimizers import build_optimizer
 from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
-from fathom.train.run import RunFolder, begin_run, find_checkpoint, model_folder, newest_model, run_folder
+from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
 from fathom.train.signals import StopRequest, sigterm_interrupts
 from fathom.train.state import (
     Progress,
@@ -52,21 +51,6 @@ from fathom.train.state import (
 from fathom.train.writer import CheckpointWriter
 
 
-@dataclass(frozen=True)
-class RLResult:
-    """How a session ended."""
-
-    folder: Path
-    step: int
-    """Steps made, in all sessions."""
-    checkpoint: Path | None
-    """The newest one."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The last one of this session, as in `metrics.jsonl`."""
-    interrupted: bool = False
-    """Stopped by a signal before the last step; the run can be resumed."""
-
-
 def train_rl(
     recipe: RLRecipe,
     *,
@@ -75,7 +59,7 @@ def train_rl(
     accept_changes: bool = False,
     console: Console | None = None,
     runs: Path = Path("runs"),
-) -> RLResult:
+) -> RunResult:
     """Train as `recipe` says, in the folder `runs/<recipe.name>`; arguments and signals as in `pretrain`.
 
     Raises `UserError` for everything a person can put right. What was learnt before is then in a checkpoint.
@@ -111,7 +95,7 @@ def train_rl(
 
 def _train(
     learner: Learner, roller: Roller, engine: EngineProtocol, run: RunFolder, checkpoint: Path | None, console: Console
-) -> RLResult:
+) -> RunResult:
     """The loop: step, new weights for the engine, evaluation, checkpoint."""
     recipe, progress = learner.recipe, learner.progress
     total, saved = recipe.train.steps, progress.step
@@ -192,7 +176,7 @@ def _train(
         interrupted = progress.step < total
         if interrupted:
             display.say(f"stopped at step {progress.step}; go on with: {fathom_command()} rl {run.recipe} --resume")
-    return RLResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
+    return RunResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
 
 
 def _roll_out(

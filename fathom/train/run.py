@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,21 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a session of training ended."""
+
+    folder: Path
+    step: int
+    """Steps made, in all sessions."""
+    checkpoint: Path | None
+    """The newest one."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """The last one of this session, as in `metrics.jsonl`."""
+    interrupted: bool = False
+    """Stopped by a signal before the last step; the run can be resumed."""
 
 
 @contextmanager

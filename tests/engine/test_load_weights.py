@@ -111,6 +111,7 @@ def test_weights_may_follow_the_last_chunk_at_once() -> None:
             for outcome in outcomes:
                 outcome.wait()
             engine.load_weights(models[step % 2])
+            assert engine.statistics().running == engine.statistics().waiting == 0
 
 
 def test_old_weights_are_let_go() -> None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fathom.tasks.reading import Layout
+from fathom.config.rewards import Layout
 from fathom.tasks.task import Problem
 
 MAX_TOKENS = 100

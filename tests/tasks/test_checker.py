@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fathom.config.rewards import Rewards
 from fathom.errors import UserError
 from fathom.tasks import checker as checker_module
 from fathom.tasks.check_worker import Chunk
 from fathom.tasks.checker import Checker, Sample
-from fathom.tasks.rewards import Rewards, score
+from fathom.tasks.rewards import score
 from fathom.tasks.task import Problem, Task, Verdict
 from tests.tasks.broken import Broken
 

@@ -4,9 +4,10 @@ import functools
 
 import pytest
 
+from fathom.config.rewards import Rewards
 from fathom.errors import UserError
 from fathom.tasks import open_task
-from fathom.tasks.rewards import Rewards, score
+from fathom.tasks.rewards import score
 from fathom.tasks.task import Task
 from tests.tasks.hacks import HONEST, MAX_TOKENS, ROWS, Row
 

@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from fathom.tasks.reading import Layout, read
+from fathom.config.rewards import Layout
+from fathom.tasks.reading import read
 from fathom.tasks.rewards import consistency
 
 LAYOUTS = [

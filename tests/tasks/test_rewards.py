@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from fathom.config.rewards import Layout, Rewards
 from fathom.errors import UserError
-from fathom.tasks.reading import Layout
-from fathom.tasks.rewards import Rewards, overlong, score
+from fathom.tasks.rewards import overlong, score
 from fathom.tasks.task import Problem
 from tests.tasks.broken import Broken
 

@@ -24,8 +24,9 @@ from fathom.model.transformer import Transformer
 from fathom.tasks.catalogue import open_task
 from fathom.train import learner
 from fathom.train.metrics import read_metrics
-from fathom.train.rl import RLResult, train_rl
+from fathom.train.rl import train_rl
 from fathom.train.rollout import draw, draw_problems, held_out_problems
+from fathom.train.run import RunResult
 from tests.train.tiny import MODEL
 
 TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
@@ -94,20 +95,20 @@ def changed(recipe: RLRecipe, changes: dict[str, dict[str, Any]]) -> RLRecipe:
     return recipe.replace(**{name: section.model_dump() for name, section in sections.items()})
 
 
-def run(recipe: RLRecipe, runs: Path, **options: Any) -> tuple[RLResult, str]:
+def run(recipe: RLRecipe, runs: Path, **options: Any) -> tuple[RunResult, str]:
     said = io.StringIO()
     result = train_rl(recipe, runs=runs, console=Console(file=said, width=200), **options)
     return result, said.getvalue()
 
 
-def weights(result: RLResult) -> dict[str, bytes]:
+def weights(result: RunResult) -> dict[str, bytes]:
     """Every file of numbers in the newest checkpoint."""
     assert result.checkpoint is not None
     files = result.checkpoint.rglob("*.safetensors")
     return {str(file.relative_to(result.checkpoint)): file.read_bytes() for file in files}
 
 
-def lines(result: RLResult) -> list[dict[str, Any]]:
+def lines(result: RunResult) -> list[dict[str, Any]]:
     """The run's metrics without times."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(result.folder / "metrics.jsonl")]
 
@@ -159,6 +160,10 @@ def test_the_update_does_not_depend_on_how_rows_are_packed(recipe: RLRecipe, los
     """One forward pass for all groups and one for each give the same weights, up to the order of sums."""
     recipe = changed(recipe, {"loss": loss, "train": {"steps": 1}, "eval": {"probe": False}})
     results = [run(changed(recipe, {"train": {"rows": rows}}), tmp_path / str(rows))[0] for rows in (1, 10_000)]
+    # Weights alone would not show a wrong scale: AdamW divides by it.
+    first, second = (next(line for line in lines(result) if line["kind"] == "train") for result in results)
+    for name in ("loss", "grad_norm", "kl_sampler", "entropy"):
+        assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6)
     one, other = (module.read_checkpoint(result.checkpoint).model.state_dict() for result in results)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5, msg=name)
