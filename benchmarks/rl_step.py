@@ -159,9 +159,6 @@ def _stepwise(trainer: Any, marks: list[float], lengths: list[float]) -> Callabl
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
     class Pause(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            pass
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
             done.release()
             go.acquire()
@@ -216,7 +213,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per completion at most")
-    parser.add_argument("--rows", type=int, default=1500, help="tokens per forward pass of ours")
+    parser.add_argument("--rows", type=int, default=2400, help="tokens per forward pass of ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=["trl-whole", "trl-accumulated"])
     options = parser.parse_args()

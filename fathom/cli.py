@@ -213,7 +213,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
         run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
         run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
         run.add_argument("--accept-changes", action="store_true", help="resume although the recipe has changed")
-        run.add_argument("--dry-run", action="store_true", help="print every field of the recipe, and stop")
+        run.add_argument("--dry-run", action="store_true", help="print the recipe and what it will take, and stop")
 
     data = verb("data", lambda _: data.print_help(), "build and check token shards")
     data_verbs = data.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
@@ -318,16 +318,30 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _rl(options: argparse.Namespace) -> int:
-    from fathom.config import explain_recipe, read_recipe
+    from fathom.config import read_recipe
     from fathom.config.rl import RLRecipe
     from fathom.train.rl import train_rl
+    from fathom.train.rl_estimate import dry_run
 
     recipe = read_recipe(options.recipe, options.overrides, RLRecipe)
     if options.dry_run:
-        print(explain_recipe(recipe))
+        dry_run(recipe)
     else:
-        train_rl(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
+        result = train_rl(
+            recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
+        )
+        _add_report(result.folder)
     return 0
+
+
+def _add_report(run: Path) -> None:
+    """The page on a run that has just ended. The run has not failed where that cannot be written."""
+    from fathom.report.page import write_report
+
+    try:
+        print(f"wrote {write_report(run)}")
+    except Exception as error:
+        print(f"fathom: no report was written: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def _data_build(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from fathom.config.model import ModelConfig
 from fathom.config.presets import preset
-from fathom.config.section import Section, field_type, is_optional, section_at
+from fathom.config.section import Section, field_type, is_optional, section_at, sentence
 from fathom.errors import UserError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -286,8 +286,8 @@ def _explain_section(section: Section, path: str) -> list[str]:
     lines = [f"[{path}]"] if path else []
     for name, value in fields.items():
         if not isinstance(value, Section):
-            sentence = " ".join((type(section).model_fields[name].description or "").split())
-            lines.append(f"{f'{name} = {_toml(value)}':<32}  # {sentence}")
+            about = sentence(type(section).model_fields[name].description)
+            lines.append(f"{f'{name} = {_toml(value)}':<32}  # {about}")
     for name, value in fields.items():
         if isinstance(value, Section):
             lines += ["", *_explain_section(value, f"{path}.{name}" if path else name)]

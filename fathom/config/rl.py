@@ -75,10 +75,19 @@ class RolloutSection(Section):
     endpoint: str | None = None
     """Address of an OpenAI-compatible server that serves this model; none: the engine of this process. Its weights are
     not changed by training: correct for that with `loss.sampler_correction`."""
+    endpoint_model: str | None = None
+    """What that server calls the model; none: it has only one."""
+    endpoint_key_env: str | None = None
+    """Name of the environment variable with that server's key; none: it asks for no key."""
     retries: int = Field(default=2, ge=0)
     """Times that a completion which failed is asked for again."""
     replay_routes: bool = True
     """Train a mixture of experts on the experts that the engine chose (R3, arXiv 2510.11370)."""
+
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether the sampler's log-probabilities are of the temperature drawn at: an endpoint's are always of 1."""
+        return self.endpoint is None or self.temperature == 1
 
 
 class RLTrainSection(Section):
@@ -136,7 +145,7 @@ class RLRecipe(Recipe):
 
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
         "name", "train.threads", "train.steps", "train.max_bad_steps", "checkpoint", "eval", "rollout.retries",
-        "task.check_seconds", "task.sandbox",
+        "rollout.endpoint_key_env", "task.check_seconds", "task.sandbox",
     )  # fmt: skip
     FIXED: ClassVar[tuple[str, ...]] = ("model", "seed", "optimizer.name", "optimizer.state_dtype")
 
@@ -172,10 +181,10 @@ class RLRecipe(Recipe):
                 f"rollout.problems = {self.rollout.problems} must be a multiple of train.mini_batches = "
                 f"{self.train.mini_batches}"
             )
-        if self.loss.sampler_correction != "none" and self.rollout.temperature != 1:
+        if self.loss.sampler_correction != "none" and not self.rollout.gives_logprobs:
             raise ValueError(
-                f"loss.sampler_correction = {self.loss.sampler_correction} needs rollout.temperature = 1, at which "
-                "engines give log-probabilities"
+                f"loss.sampler_correction = {self.loss.sampler_correction} with rollout.endpoint needs "
+                "rollout.temperature = 1, the only one at which endpoints give log-probabilities"
             )
         if self.task.start is not None and self.task.start > self.task.levels:
             raise ValueError(f"task.start = {self.task.start} is above task.levels = {self.task.levels}")

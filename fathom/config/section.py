@@ -100,6 +100,11 @@ def field_paths(cls: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return below | own
 
 
+def sentence(docstring: str | None) -> str:
+    """A docstring for a terminal: on one line, without the backticks."""
+    return " ".join((docstring or "").split()).replace("`", "")
+
+
 def _is_tuple(annotation: Any) -> bool:
     """Whether a field of this type is a tuple, or one or None."""
     return any(typing.get_origin(kind) is tuple for kind in (annotation, *typing.get_args(annotation)))

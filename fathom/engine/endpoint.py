@@ -39,6 +39,7 @@ _KEY = re.compile(r"[!-~]+")
 _CONNECT_SECONDS = 10.0
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _OF_REQUEST = frozenset({400, 413, 422})
+_OF_KEY = frozenset({401, 403})
 _LONGEST_LINE = 2**24
 """Bytes of one event. The ids of a prompt of a million tokens are half of that."""
 _LONGEST_BODY = 2**24
@@ -198,7 +199,9 @@ class Endpoint:
             return models[0]
         listed = ", ".join(f"'{name}'" for name in names[:10]) or "none"
         if wanted is None:
-            raise UserError(f"{where}: say which model is meant (model); it has {listed}")
+            raise UserError(
+                f"{where}: say which model is meant (model, in a recipe rollout.endpoint_model); it has {listed}"
+            )
         if wanted not in names:
             raise UserError(f"{where}: there is no model '{wanted}'{nearest(wanted, names)}; it has {listed}")
         return models[names.index(wanted)]
@@ -212,7 +215,10 @@ class Endpoint:
         async with self._answer("POST", where, body) as answer:
             kind = answer.headers.get("content-type", "")
             if not kind.startswith("text/event-stream"):
-                raise Refused(f"{where}: answered with '{kind[:60]}' where a stream of events was asked for")
+                raise Refused(
+                    f"{where}: answered with '{kind[:60]}' where a stream of events was asked for; check the address, "
+                    "which must be an OpenAI-compatible server's"
+                )
             async with aclosing(_lines(answer, where)) as lines:
                 async for line in lines:
                     if line.startswith(b"data:"):
@@ -274,9 +280,10 @@ class Endpoint:
 
     def _what_happened(self, error: "httpx.RequestError") -> str:
         if isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout):
-            return f"nobody answers there ({_one_line(str(error)) or type(error).__name__})"
+            reason = _one_line(str(error)) or type(error).__name__
+            return f"nobody answers there ({reason}); start the server, or put the address right"
         if isinstance(error, self._httpx.TimeoutException):
-            return f"silent for {self._settings.stall_seconds:g} s"
+            return f"silent for {self._settings.stall_seconds:g} s; look whether the server still works"
         return f"the connection broke off ({_one_line(str(error)) or type(error).__name__})"
 
     def _failure(self, where: str, answer: "httpx.Response", body: bytes) -> Dropped | Refused:
@@ -285,9 +292,11 @@ class Endpoint:
         told = f"{where}: HTTP {status} {answer.reason_phrase}".rstrip()
         if 300 <= status < 400:
             place = _one_line(answer.headers.get("location", "another place"))
-            return Refused(f"{told}: it redirects to {place}, which is not followed; give the address itself as url")
+            return Refused(f"{told}: it redirects to {place}, which is not followed; give the address itself")
         if reason := _reason(body):
             told = f"{told}: {reason}"
+        if status in _OF_KEY:
+            told = f"{told}; give the server's key (api_key_env, in a recipe rollout.endpoint_key_env)"
         if status in _RETRIED:
             return Dropped(told, wait_seconds=_retry_after(answer.headers.get("retry-after", "")))
         return Refused(told, "request" if status in _OF_REQUEST else "engine")
@@ -310,9 +319,12 @@ def _base(url: str) -> str:
     except ValueError:
         meant = False
     if not meant or parts.query or parts.fragment or not url.isascii() or re.search(r"\s", url):
-        raise UserError("url: is no address of an endpoint; give one like http://127.0.0.1:8000/v1")
+        raise UserError("url (in a recipe rollout.endpoint): is no address; give one like http://127.0.0.1:8000/v1")
     if parts.username or parts.password:
-        raise UserError("url: has a name or password in it; put the key into an environment variable (api_key_env)")
+        raise UserError(
+            "url (in a recipe rollout.endpoint): has a name or password in it; put the key into an environment "
+            "variable, and give that one's name (api_key_env, in a recipe rollout.endpoint_key_env)"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
@@ -323,10 +335,14 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            "api_key_env: there is no such environment variable, or it is empty; give its name, not the key"
+            "api_key_env (in a recipe rollout.endpoint_key_env): there is no such environment variable, or it is "
+            "empty; give its name, not the key"
         )
     if not _KEY.fullmatch(key):
-        raise UserError("api_key_env: the key in this environment variable has white space in it or is not ASCII")
+        raise UserError(
+            "api_key_env (in a recipe rollout.endpoint_key_env): the key in this environment variable has white space "
+            "in it or is not ASCII; put the key alone there"
+        )
     return key
 
 

@@ -83,6 +83,8 @@ class Request:
     """Go on after the model's end-of-text token (benchmarks, tests)."""
     logprobs: int | None = None
     """With every token, its log-probability and this many of the likeliest alternatives; None gives none."""
+    tempered_logprobs: bool = False
+    """Log-probabilities are of the temperature of `sampling` rather than 1; a remote endpoint cannot give these."""
     thinking: Thinking | None = None
     """Bounds on thoughts; None leaves them free. Needs a model whose vocabulary has think tags."""
     starts_thinking: bool = False
@@ -94,7 +96,10 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A drawn token with its log-probability under the model (temperature 1, before any filter), and alternatives."""
+    """A drawn token with its log-probability under the model, and alternatives.
+
+    Of temperature 1, or that of the request if it asks for it; before bias, penalties, masks and filters.
+    """
 
     token_id: int
     logprob: float

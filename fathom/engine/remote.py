@@ -20,42 +20,35 @@ as its parser has it, whatever the prompt says.
   from the start, with a seed if they had none, and only what is new is delivered. An endpoint that draws other tokens
   with the same seed, as vLLM can in other batches, cannot replay, and the request ends with an error that says so.
 
-One thread of its own runs everything in one event loop, and `deliver` is called from it. Who serves is `endpoint.py`.
+**Endpoints without seeds.** One that refuses a request for its seed, and takes the same request without, is asked
+without from then on, and one warning says that its samples cannot be drawn again.
+
+One thread of its own runs everything in one event loop, and `deliver` is called from it. Who serves is `endpoint.py`,
+what is asked and what comes of it is `remote_job.py`.
 """
 
 import asyncio
 import atexit
 import logging
 import operator
-import secrets
+import re
 import threading
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 from fathom.data.tokenizer import Tokenizer
-from fathom.engine.endpoint import Choice, Dropped, Endpoint, Event, Logprobs, Refused, RemoteSettings, ServedModel
-from fathom.engine.output import OutputStream
-from fathom.engine.protocol import (
-    Chunk,
-    Constraint,
-    Fault,
-    FinishReason,
-    QueueFull,
-    Request,
-    Statistics,
-    TokenLogprob,
-)
-from fathom.engine.thinking import ThinkTags, find_think_tags
+from fathom.engine.endpoint import Dropped, Endpoint, Refused, RemoteSettings
+from fathom.engine.protocol import Chunk, QueueFull, Request, Statistics
+from fathom.engine.remote_job import Job
+from fathom.engine.thinking import find_think_tags
 from fathom.errors import UserError
 
 __all__ = ["RemoteEngine", "RemoteSettings", "RemoteTicket"]
 
 _log = logging.getLogger(__name__)
-_LOWEST = -9999.0
-"""What stands for minus infinity, which JSON cannot write, at `fathom serve` and vLLM alike."""
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+_SEED = re.compile(r"\bseeds?\b", re.IGNORECASE)
 
 
 class RemoteTicket:
@@ -81,9 +74,10 @@ class RemoteEngine:
         self._endpoint = Endpoint(settings)
         self._connections = asyncio.Semaphore(settings.connections)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unfinished: set[_Job] = set()
-        self._running: set[_Job] = set()
+        self._unfinished: set[Job] = set()
+        self._running: set[Job] = set()
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._takes_seeds = True
         self._closing = False
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -103,7 +97,7 @@ class RemoteEngine:
         Raises `UserError` for a request that cannot be served, and `QueueFull` once the engine is closed. What only the
         endpoint knows (its vocabulary, its bounds) it refuses later, in a chunk with `fault` "request".
         """
-        job = _Job(self._checked(request), deliver, self._account, self._tokenizer, self._tags, self._model)
+        job = Job(self._checked(request), deliver, self._account, self._tokenizer, self._tags, self._model)
         with self._changed:  # so that nothing is begun behind the end of the loop
             if self._closing:
                 raise QueueFull("the engine is shutting down; try another one")
@@ -145,7 +139,8 @@ class RemoteEngine:
         if context is None:
             raise UserError(
                 f"{self._endpoint.url}/models: does not say how long the context of '{self._model.id}' is "
-                "(max_model_len); give it (context)"
+                "(max_model_len), as 'fathom serve' and vLLM do of a model of its own; serve it so, or give "
+                "RemoteSettings its context"
             )
         return context
 
@@ -163,6 +158,8 @@ class RemoteEngine:
             raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
         if request.logprobs is not None and request.logprobs < 0:
             raise UserError(f"logprobs must be at least 0, not {request.logprobs}")
+        if request.tempered_logprobs and request.sampling.temperature != 1:
+            raise UserError("tempered_logprobs: endpoints give log-probabilities of temperature 1; leave it out")
         if outside := next((bias for bias in request.sampling.logit_bias.values() if abs(bias) > 100), None):
             raise UserError(f"logit_bias: endpoints take numbers from -100 to 100, not {outside:g}")
         self._check_thoughts(request)
@@ -172,7 +169,9 @@ class RemoteEngine:
     def _check_thoughts(self, request: Request) -> None:
         of_fathom, thinking = self._model.of_fathom, request.thinking
         if thinking is not None and self._tags is None:
-            raise UserError("thinking: this model has no think tags; leave the bounds on thoughts out")
+            raise UserError(
+                "thinking: this model has no think tags; leave the bounds on thoughts out (in a recipe eval.budgets)"
+            )
         if thinking is not None and thinking.minimum and not of_fathom:
             raise UserError("thinking.minimum: only 'fathom serve' keeps a least number of thoughts; leave it at 0")
         if request.constraint is not None and self._tags is not None and not of_fathom:
@@ -184,7 +183,8 @@ class RemoteEngine:
         if request.starts_thinking and depends and of_fathom and self._tags and not self._tags.tokens:
             raise UserError(
                 "starts_thinking: 'fathom serve' sees an open think tag in token ids only where the tag is one token, "
-                "as it is not in this vocabulary; leave the bounds on thoughts and the constraint out"
+                "as it is not in this vocabulary; leave the bounds on thoughts (in a recipe eval.budgets) and the "
+                "constraint out"
             )
 
     # ------------------------------------------------------------------------------------------ the engine's thread
@@ -197,16 +197,16 @@ class RemoteEngine:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
-    def _start(self, job: "_Job") -> None:
+    def _start(self, job: Job) -> None:
         task = job.task = self._loop.create_task(self._serve(job))
         self._tasks.add(task)
         task.add_done_callback(lambda _: self._ended(job, task))
 
-    def _cancel(self, job: "_Job") -> None:
+    def _cancel(self, job: Job) -> None:
         with suppress(RuntimeError):  # the loop has ended, and the job with it
             self._loop.call_soon_threadsafe(job.cancel)
 
-    async def _serve(self, job: "_Job") -> None:
+    async def _serve(self, job: Job) -> None:
         async with self._connections:
             self._running.add(job)
             try:
@@ -215,8 +215,29 @@ class RemoteEngine:
                 fault = error.fault if isinstance(error, Refused) else "engine"
                 job.end("error", self._endpoint.without_key(str(error)), fault)
 
-    async def _attempt(self, job: "_Job") -> None:
-        """Ask once, for all that is missing. Raises `Dropped` and `Refused`."""
+    async def _attempt(self, job: Job) -> None:
+        """Ask for all that is missing; once more where it is the seed that is refused. Raises `Dropped`, `Refused`."""
+        if not self._takes_seeds:
+            job.leave_out_seed()
+        try:
+            await self._ask(job)
+        except Refused as refusal:
+            if not (job.has_seed and refusal.fault == "request" and _SEED.search(str(refusal))):
+                raise
+            job.leave_out_seed()
+            try:
+                await self._ask(job)
+            except Refused:  # so it was not for the seed
+                raise refusal from None
+            self._do_without_seeds(refusal)
+
+    def _do_without_seeds(self, refusal: Refused) -> None:
+        if self._takes_seeds:
+            self._takes_seeds = False
+            reason = self._endpoint.without_key(str(refusal))
+            _log.warning("%s; asked without a seed, so samples cannot be drawn again, by a resumed run either", reason)
+
+    async def _ask(self, job: Job) -> None:
         job.begin()
         try:
             async with aclosing(self._endpoint.completion(job.body())) as events:
@@ -231,7 +252,7 @@ class RemoteEngine:
             raise Dropped(f"{self._endpoint.url}/completions: the stream ended before the completion did")
         job.finish()
 
-    def _ended(self, job: "_Job", task: asyncio.Task[None]) -> None:
+    def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
             job.end("cancelled")
@@ -239,7 +260,7 @@ class RemoteEngine:
             _log.error("a remote request failed", exc_info=error)
             job.end("error", f"{type(error).__name__} in the remote engine")
 
-    def _account(self, job: "_Job") -> None:
+    def _account(self, job: Job) -> None:
         """`job` is about to deliver its last chunk: whoever gets that finds it in the statistics."""
         self._prompt_tokens += len(job.request.prompt_ids)
         self._cached_tokens += job.cached
@@ -258,212 +279,3 @@ class RemoteEngine:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=1.0)
         self._loop.stop()
-
-
-class _Job:
-    """One request: what to ask for next, and what has come of it."""
-
-    def __init__(
-        self,
-        request: Request,
-        deliver: Callable[[Chunk], None],
-        on_last: Callable[["_Job"], None],
-        tokenizer: Tokenizer,
-        tags: ThinkTags | None,
-        model: ServedModel,
-    ) -> None:
-        """`on_last` is called before the last chunk is delivered.
-
-        Raises `UserError` for an empty stop string, and for thoughts of a model that has none.
-        """
-        self.request = request
-        self.task: asyncio.Task[None] | None = None
-        self.tokens: list[int] = []
-        """All tokens drawn."""
-        self.cached = 0
-        """Of the prompt, how many the endpoint found in its cache, if it says so."""
-        self._deliver, self._on_last = deliver, on_last
-        self._model = model.id
-        # The endpoint keeps the bounds on thoughts. Here it is only read which tokens are thoughts.
-        self._output = OutputStream(tokenizer, replace(request, thinking=None), tags)
-        # vLLM would find a stop string in thoughts as well, so where there may be thoughts, it is only looked for here.
-        self._stops_there = tags is None or (model.of_fathom and bool(tags.tokens))
-        self._resumes = _is_resumable(request)
-        seed = request.sampling.seed
-        self._seed = secrets.randbits(63) if seed is None and not self._resumes else seed
-        self._sent = request.prompt_ids
-        self._place = 0  # of the next token that this attempt brings
-        self._told = False  # the endpoint has said why it ended
-        self._last: Chunk | None = None
-        self._finished = False
-
-    @property
-    def over(self) -> bool:
-        """Whether all of the output is here."""
-        return self._last is not None
-
-    @property
-    def over_early(self) -> bool:
-        """The same, while the endpoint goes on."""
-        return self.over and not self._told
-
-    def begin(self) -> None:
-        """Another attempt."""
-        self._place = len(self.tokens) if self._resumes else 0
-        self._sent = self.request.prompt_ids + self.tokens[: self._place]
-        self._told = False
-
-    def body(self) -> dict[str, Any]:
-        """What to ask for. Everything is said, for an endpoint may have defaults of its own."""
-        request, sampling = self.request, self.request.sampling
-        body: dict[str, Any] = {
-            "model": self._model,
-            "prompt": self._sent,
-            "max_tokens": request.max_tokens - self._place,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "repetition_penalty": sampling.repetition_penalty,
-            "ignore_eos": request.ignore_eos,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": True,
-        }
-        if sampling.logit_bias:
-            body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
-        if self._seed is not None:
-            body["seed"] = self._seed
-        if request.stop and self._stops_there:
-            body["stop"] = list(request.stop)
-        if request.logprobs is not None:
-            body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
-        if request.thinking is not None and request.thinking.budget is not None:
-            body["thinking_token_budget"] = request.thinking.budget
-        if request.thinking is not None and request.thinking.minimum:
-            body["min_thinking_budget"] = request.thinking.minimum
-        if request.constraint is not None:
-            body["structured_outputs"] = _structured(request.constraint)
-        if request.cache_salt:
-            body["cache_salt"] = request.cache_salt
-        return body
-
-    def take(self, event: Event, where: str) -> None:
-        """The next event, from the endpoint at `where`. Raises `Dropped` and `Refused`."""
-        details = event.usage.prompt_tokens_details if event.usage else None
-        if details is not None:
-            self.cached = min(details.cached_tokens or 0, len(self.request.prompt_ids))
-        for choice in event.choices:
-            self._check(choice, where)
-            self._draw(choice, where)
-            reason = choice.finish_reason
-            self._told = self._told or reason is not None
-            if reason is None or self.over:
-                continue
-            if reason not in _REASONS:
-                raise Dropped(f"{where}: cut the completion short ({reason[:60]})")
-            self._hand_out(self._output.end(_REASONS[reason]))
-
-    def finish(self) -> None:
-        """Deliver the last chunk, which was kept for the account that follows it."""
-        assert self._last is not None, "not over"
-        if not self._finished:
-            self._finished = True
-            self._on_last(self)
-            usage = replace(self._last.usage, cached=self.cached)
-            self._tell(replace(self._last, usage=usage))
-
-    def end(self, reason: FinishReason, message: str = "", fault: Fault = "engine") -> None:
-        """Deliver the last chunk now; this is it, unless all is here already."""
-        if not self.over:
-            self._hand_out(self._output.end(reason, message, fault))
-        self.finish()
-
-    def cancel(self) -> None:
-        """Stop it, unless it has ended."""
-        if self.task is not None:
-            self.task.cancel()
-
-    def _check(self, choice: Choice, where: str) -> None:
-        if choice.token_ids is None:
-            raise Refused(
-                f"{where}: gives no token ids, without which a remote engine cannot be sure of its tokens; it must "
-                "understand 'return_token_ids', as 'fathom serve' and vLLM do"
-            )
-        if choice.prompt_token_ids is not None and choice.prompt_token_ids != self._sent:
-            raise Refused(f"{where}: read other tokens than it was sent as the prompt")
-
-    def _draw(self, choice: Choice, where: str) -> None:
-        ids = choice.token_ids or []
-        logprobs = self._logprobs(ids, choice.logprobs, where)
-        for token, logprob in zip(ids, logprobs, strict=True):
-            if self.over:  # an endpoint that draws several tokens at once, beyond a stop string that only we know
-                return
-            self._place += 1
-            if self._place > len(self.tokens):
-                self.tokens.append(token)
-                self._hand_out(self._output.push(token, logprob))
-            elif token != self.tokens[self._place - 1]:
-                raise Refused(
-                    f"{where}: a connection broke off, and asked again with the same seed it draws other tokens "
-                    f"(the first is number {self._place}); leave out the seed, so that completions can be resumed"
-                )
-
-    def _logprobs(self, ids: list[int], given: Logprobs | None, where: str) -> list[TokenLogprob | None]:
-        if self.request.logprobs is None:
-            return [None] * len(ids)
-        if given is None:
-            if ids:
-                raise Refused(f"{where}: gives no log-probabilities, although they were asked for (logprobs)")
-            return []
-        if given.tokens != [f"token_id:{token}" for token in ids]:
-            raise Refused(
-                f"{where}: its log-probabilities are not those of its token ids; it must understand "
-                "'return_tokens_as_token_ids', as 'fathom serve' and vLLM do"
-            )
-        if not len(ids) == len(given.token_logprobs) == len(given.top_logprobs):
-            raise Refused(f"{where}: the lists of its log-probabilities differ in length")
-        values = zip(ids, given.token_logprobs, given.top_logprobs, strict=True)
-        return [TokenLogprob(token, _number(value), self._top(top, where)) for token, value, top in values]
-
-    def _top(self, given: dict[str, float], where: str) -> list[tuple[int, float]]:
-        """The likeliest tokens; vLLM adds the one that was drawn."""
-        try:
-            found = [(int(name.removeprefix("token_id:")), _number(value)) for name, value in given.items()]
-        except ValueError:
-            raise Refused(f"{where}: names an alternative token by something else than its id") from None
-        return sorted(found, key=lambda entry: -entry[1])[: self.request.logprobs]
-
-    def _hand_out(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            if chunk.finish_reason is not None:
-                self._last = chunk
-            else:
-                self._tell(chunk)
-
-    def _tell(self, chunk: Chunk) -> None:
-        try:
-            self._deliver(chunk)
-        except Exception:  # whoever listened has gone: nobody is left to tell
-            self.cancel()
-
-
-def _is_resumable(request: Request) -> bool:
-    """Whether the next token depends on nothing but the tokens before it, whichever of them are the prompt's."""
-    sampling = request.sampling
-    counts_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
-    seeded = sampling.seed is not None and sampling.temperature > 0
-    return not (counts_output or seeded or request.constraint is not None or request.thinking is not None)
-
-
-def _structured(constraint: Constraint) -> dict[str, Any]:
-    """`constraint` as `fathom serve` and vLLM say it."""
-    if constraint.kind == "json_object":
-        return {"json_object": True}
-    return {"json" if constraint.kind == "json_schema" else constraint.kind: constraint.text}
-
-
-def _number(logprob: float) -> float:
-    return logprob if logprob > _LOWEST else float("-inf")

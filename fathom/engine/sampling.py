@@ -194,19 +194,21 @@ def speculate(
     return accepted, ids
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, top: int) -> list[TokenLogprob]:
+def token_logprobs(logits: Tensor, ids: Tensor, top: int, temperatures: Sequence[float]) -> list[TokenLogprob]:
     """Log-probability of each of ids [R] with the `top` likeliest others; logits [R, V] float32 as the model gave them.
 
-    At temperature 1, before bias, penalties, masks and filters. The alternatives are in descending order and hold the
-    token itself where it is among them.
+    At temperatures [R] (one too low to divide by counts as the lowest that is not), before bias, penalties, masks and
+    filters. The alternatives are in descending order and hold the token itself where it is among them.
     """
-    total = kernels.log_sum_exp(logits) if kernels.usable(logits) else logits.double().logsumexp(dim=-1)
-    own = (logits.gather(1, ids[:, None])[:, 0] - total).tolist()
+    scale = torch.tensor([1 / max(temperature, _GREEDY_BELOW) for temperature in temperatures], device=logits.device)
+    wide = scale.double()[:, None]
+    total = kernels.log_sum_exp(logits, scale) if kernels.usable(logits) else (logits * wide).logsumexp(dim=-1)
+    own = (logits.gather(1, ids[:, None]) * wide)[:, 0] - total
     best = logits.topk(min(top, logits.shape[1]), dim=-1)
-    alternatives = zip(best.indices.tolist(), (best.values - total[:, None]).tolist(), strict=True)
+    alternatives = zip(best.indices.tolist(), (best.values * wide - total[:, None]).tolist(), strict=True)
     return [
         TokenLogprob(token, logprob, list(zip(tokens, values, strict=True)))
-        for token, logprob, (tokens, values) in zip(ids.tolist(), own, alternatives, strict=True)
+        for token, logprob, (tokens, values) in zip(ids.tolist(), own.tolist(), alternatives, strict=True)
     ]
 
 

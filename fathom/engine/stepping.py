@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fathom.engine.blocks import SINGLES_BELOW, BlockPool
+from fathom.engine.protocol import Request
 from fathom.engine.sampling import draw, probabilities, sample, speculate, token_logprobs
 from fathom.engine.sequence import Sequence
 from fathom.errors import UserError
@@ -209,7 +210,9 @@ class Stepper:
         if wanted:
             most = max(sequences[row].request.logprobs or 0 for row in wanted)
             index = torch.tensor(wanted)
-            for row, found in zip(wanted, token_logprobs(logits[index], ids[index], most), strict=True):
+            temperatures = [_logprobs_temperature(sequences[row].request) for row in wanted]
+            given = token_logprobs(logits[index], ids[index], most, temperatures)
+            for row, found in zip(wanted, given, strict=True):
                 top = found.top[: sequences[row].request.logprobs]
                 result[row] = type(found)(found.token_id, found.logprob, top)
         return result
@@ -260,6 +263,10 @@ class Stepper:
             tokens = draw(chances, uniforms).tolist()
             for row, token, chance in zip(drawn, tokens, chances, strict=True):
                 sequences[row].draft, sequences[row].draft_probabilities = token, chance
+
+
+def _logprobs_temperature(request: Request) -> float:
+    return request.sampling.temperature if request.tempered_logprobs else 1.0
 
 
 def _repeats(sequence: Sequence) -> bool:

@@ -75,13 +75,14 @@ void draw_rows(const float* logits, const float* inverse, const double* uniforms
     for (long r = 0; r < R; r++) ids[r] = draw_row(logits + r * V, V, inverse[r], uniforms[r], sums + r * blocks);
 }
 
-// log_sums[r] = log of the sum of e^logits in row r of logits [R, V].
-void log_sum_exp(const float* logits, float* sums, double* log_sums, long R, long V) {
+// log_sums[r] = log of the sum of e^(logits * inverse[r]) in row r of logits [R, V]; `sums` as for `draw_rows`.
+void log_sum_exp(const float* logits, const float* inverse, float* sums, double* log_sums, long R, long V) {
     long blocks = (V + DRAWN_TOGETHER - 1) / DRAWN_TOGETHER;
 #pragma omp parallel for schedule(static) if (R > 1)
     for (long r = 0; r < R; r++) {
         float largest = largest_of(logits + r * V, V);
-        log_sums[r] = largest + std::log(block_sums(logits + r * V, V, largest, 1.0f, sums + r * blocks));
+        double total = block_sums(logits + r * V, V, largest, inverse[r], sums + r * blocks);
+        log_sums[r] = double(largest) * inverse[r] + std::log(total);
     }
 }
 

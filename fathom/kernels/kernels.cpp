@@ -31,7 +31,8 @@
 
 #include "causal.h"
 #include "drawing.h"
-#include "layers.h"
+#include "pointwise.h"
+#include "softmax.h"
 
 extern "C" {
 
@@ -98,14 +99,30 @@ void fathom_heads_linear_f32(const float* x, long head_stride, const float* w, f
     void fathom_rotate_##NAME(const T* x, long ldx, long head_stride, const float* cos, const float* sin, T* y, long M,   \
                               long heads, long half, int interleaved) {                                                   \
         rotate(x, ldx, head_stride, cos, sin, y, M, heads, half, interleaved != 0);                                       \
+    }                                                                                                                     \
+    void fathom_rms_norm_backward_##NAME(const T* dy, const T* x, const float* weight, T* dx, float* dweight, long M,     \
+                                         long D, float eps) {                                                             \
+        rms_norm_backward(dy, x, weight, dx, dweight, M, D, eps);                                                         \
+    }                                                                                                                     \
+    void fathom_gated_##NAME(const T* gate, const T* up, T* y, long count) { gated(gate, up, y, count); }                 \
+    void fathom_gated_backward_##NAME(const T* dy, const T* gate, const T* up, T* dgate, T* dup, long count) {            \
+        gated_backward(dy, gate, up, dgate, dup, count);                                                                  \
     }
 
 void fathom_draw_rows(const float* logits, const float* inverse, const double* uniforms, float* sums, int64_t* ids, long R,
                       long V) {
     draw_rows(logits, inverse, uniforms, sums, ids, R, V);
 }
-void fathom_log_sum_exp(const float* logits, float* sums, double* log_sums, long R, long V) {
-    log_sum_exp(logits, sums, log_sums, R, V);
+void fathom_log_sum_exp(const float* logits, const float* inverse, float* sums, double* log_sums, long R, long V) {
+    log_sum_exp(logits, inverse, sums, log_sums, R, V);
+}
+void fathom_softmax_rows(const float* logits, const int64_t* targets, float* logprobs, float* entropies, float* totals,
+                         bf16* chances, long R, long V, float inverse) {
+    softmax_rows(logits, inverse, {targets, logprobs, entropies, totals, chances}, R, V);
+}
+void fathom_softmax_gradients(const bf16* chances, const int64_t* rows, const int64_t* targets, const float* totals,
+                              const float* logprobs, const float* factors, bf16* gradients, long count, long V) {
+    softmax_gradients(chances, rows, targets, totals, logprobs, factors, gradients, count, V);
 }
 
 void fathom_grouped_f32(const bf16* x, const int32_t* at, const int32_t* ends, long E, const float* w, long N, long K,

@@ -30,7 +30,12 @@ _ARGUMENTS = {
     "release_threads": [],
     "dense_layers": [*[c_void_p] * 7, *[c_long] * 8, c_float, c_float],
     "draw_rows": [*[c_void_p] * 5, c_long, c_long],
-    "log_sum_exp": [*[c_void_p] * 3, c_long, c_long],
+    "log_sum_exp": [*[c_void_p] * 4, c_long, c_long],
+    "rms_norm_backward": [*[c_void_p] * 5, *[c_long] * 2, c_float],
+    "gated": [*[c_void_p] * 3, c_long],
+    "gated_backward": [*[c_void_p] * 5, c_long],
+    "softmax_rows": [*[c_void_p] * 6, c_long, c_long, c_float],
+    "softmax_gradients": [*[c_void_p] * 7, c_long, c_long],
     "rotate": [c_void_p, *[c_long] * 2, *[c_void_p] * 3, *[c_long] * 3, c_int],
     "grouped": [*[c_void_p] * 3, c_long, c_void_p, *[c_long] * 2, c_int, c_void_p],
     "weight_gradient": [*[c_void_p] * 5, c_long, c_void_p, *[c_long] * 2],
@@ -237,11 +242,14 @@ def draw_rows(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     return ids
 
 
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """logits [R, V] float32 -> log Σ e^logits [R] float64: large ones must not cancel what is taken from them."""
+def log_sum_exp(logits: Tensor, inverse: Tensor) -> Tensor:
+    """logits [R, V] and inverse [R] float32 -> log Σ e^(logits · inverse) [R] float64.
+
+    In float64 because large logits must not cancel what is taken from them.
+    """
     logits, sums = logits.contiguous(), _room_for_sums(logits)
     result = torch.empty(len(logits), dtype=torch.float64)
-    kernel("log_sum_exp")(logits.data_ptr(), sums.data_ptr(), result.data_ptr(), *logits.shape)
+    kernel("log_sum_exp")(logits.data_ptr(), inverse.data_ptr(), sums.data_ptr(), result.data_ptr(), *logits.shape)
     return result
 
 

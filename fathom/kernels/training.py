@@ -1,6 +1,8 @@
-"""The kernels of training, as functions of bfloat16 tensors on a CPU: products of groups of rows, and causal attention.
+"""The kernels of training, as functions of tensors on a CPU: products of groups of rows, causal attention,
+softmaxes, norms and gates.
 
-They are for processors whose vectors multiply bfloat16. Where tiles do it (AMX) PyTorch's products are faster.
+Products and attention take bfloat16 and are for processors whose vectors multiply it. Where tiles do it (AMX) PyTorch's
+are faster.
 """
 
 import ctypes
@@ -93,6 +95,71 @@ def causal_backward(
         *map(_heads, (d_o, q, k, v)), log_sums.data_ptr(), *map(_heads, gradients), _causal_shape(q, k, v), scale
     )
     return gradients
+
+
+def softmax_rows(
+    logits: Tensor, targets: Tensor, temperature: float, chances: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each row's target, the row's entropy, and the sum of its `chances`: each [R] float32.
+
+    Args:
+        logits: [R, V] float32.
+        targets: [R] int64.
+        temperature: of the softmax.
+        chances: [R, V] bfloat16, contiguous, filled with e^((logit - the row's largest) / temperature); None: not kept.
+    """
+    logits, targets = logits.contiguous(), targets.contiguous()
+    logprobs, entropies, totals = torch.empty(3, len(logits)).unbind()
+    kernel("softmax_rows")(
+        logits.data_ptr(), targets.data_ptr(), logprobs.data_ptr(), entropies.data_ptr(), totals.data_ptr(),
+        _address(chances), *logits.shape, 1 / temperature,
+    )  # fmt: skip
+    return logprobs, entropies, totals
+
+
+def softmax_gradients(
+    chances: Tensor, rows: Tensor, targets: Tensor, totals: Tensor, logprobs: Tensor, factors: Tensor
+) -> Tensor:
+    """factors · (onehot(targets) - softmax) for the `rows` [N] int64 of `chances` [R, V] -> [N, V] bfloat16.
+
+    The others are [N] and of those rows: targets int64; totals and logprobs, as `softmax_rows` gave them, and factors
+    float32.
+    """
+    gradients = chances.new_empty(len(rows), chances.shape[1])
+    given = [x.contiguous() for x in (rows, targets, totals, logprobs, factors)]
+    kernel("softmax_gradients")(
+        chances.data_ptr(), *(x.data_ptr() for x in given), gradients.data_ptr(), *gradients.shape
+    )
+    return gradients
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of `ops.rms_norm`: dy, x [..., D], weight [D] float32 -> dx like x, dweight [D] float32."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    kernel("rms_norm_backward", x.dtype)(
+        dy.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
+        x.numel() // len(weight), len(weight), eps,
+    )  # fmt: skip
+    return dx, dweight
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, rounded once: two tensors of one shape and dtype -> the same."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    kernel("gated", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    return y
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (dgate, dup) of `gated`."""
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    kernel("gated_backward", gate.dtype)(
+        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel()
+    )
+    return dgate, dup
 
 
 def tokens_outermost(like: Tensor, width: int) -> Tensor:

@@ -16,12 +16,13 @@ A token's keys and values depend on what is before it alone, so the numbers are 
 Legend: S rows, H query heads, G key/value heads, B branches of a tree, P trunk length, T longest branch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fathom.kernels import training
 from fathom.model.attention_core import attention_backward, attention_forward
@@ -50,46 +51,44 @@ class Forest:
     """[S] int64."""
     positions: Tensor
     """[S] int64: place of each row's token in its own text."""
-    spans: Tensor
-    """[trees + branches, 3] int64, on the CPU: tree, first row, row behind the last; trunks before their branches."""
     sources: Tensor
     """[M] int64: the rows that predict the branches' tokens, branch by branch."""
     targets: Tensor
     """[M] int64: the tokens that they should predict."""
     owners: Tensor
     """[M] int64: the branch that each belongs to, counted over all trees."""
+    parts: "tuple[_Part, ...]"
+    """What attends together; a trunk comes before its branches."""
 
     @classmethod
     def plant(cls, trees: Sequence[Tree], device: torch.device | None = None) -> Self:
         """Lay out `trees` in their order."""
         ids: list[int] = []
         positions: list[int] = []
-        spans, sources, targets, owners = [], [], [], []
+        sources, targets, owners, parts = [], [], [], []
         owner = 0
-        for number, tree in enumerate(trees):
+        for tree in trees:
             assert all((tree.trunk, *tree.branches)), "a trunk and its branches have tokens"
-            spans.append((number, len(ids), len(ids) + len(tree.trunk)))
+            trunk = slice(len(ids), len(ids) + len(tree.trunk))
             ids.extend(tree.trunk)
             positions.extend(range(len(tree.trunk)))
-            trunk_end = len(ids) - 1
+            parts.append(_Part.of(slice(0, 0), trunk.start, [len(tree.trunk)], device))
             for branch in tree.branches:
-                first = len(ids)
-                spans.append((number, first, first + len(branch) - 1))
-                ids.extend(branch[:-1])
-                positions.extend(range(len(tree.trunk), len(tree.trunk) + len(branch) - 1))
-                sources += [trunk_end, *range(first, len(ids))]
+                sources += [trunk.stop - 1, *range(len(ids), len(ids) + len(branch) - 1)]
                 targets += branch
                 owners += [owner] * len(branch)
+                ids.extend(branch[:-1])
+                positions.extend(range(len(tree.trunk), len(tree.trunk) + len(branch) - 1))
                 owner += 1
-        on_device = [torch.tensor(values, device=device) for values in (ids, positions)]
-        rest = [torch.tensor(values, device=device) for values in (sources, targets, owners)]
-        return cls(*on_device, torch.tensor(spans), *rest)
+            if longer := [len(branch) - 1 for branch in tree.branches if len(branch) > 1]:
+                parts.append(_Part.of(trunk, trunk.stop, longer, device))
+        tensors = [torch.tensor(values, device=device) for values in (ids, positions, sources, targets, owners)]
+        return cls(*tensors, tuple(parts))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention inside of each tree: q [1, H, S, Dk], k [1, G, S, Dk], v [1, G, S, Dv] -> [1, H, S, Dv]."""
         rows = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))
-        o, _ = _attention(*rows, self.spans, scale, training.attention_fits(q, v))
-        return o.transpose(0, 1).unsqueeze(0)
+        return _Attention.apply(*rows, self.parts, scale).transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,22 @@ class _Part:
 
     trunk: slice
     """Rows that all of its texts begin with; empty for a trunk itself."""
-    rows: list[slice]
-    """Each text's own rows."""
+    rows: slice
+    """The texts' own rows, one text behind the other."""
     index: Tensor
-    """[B, T] int64: the same, filled up with a text's last row (or the trunk's)."""
+    """[B, T] int64: the row of each place, texts filled up at their ends with whichever rows follow."""
+    places: Tensor
+    """[rows] int64: where each of the rows stands in the flattened index."""
+
+    @classmethod
+    def of(cls, trunk: slice, first: int, lengths: Sequence[int], device: torch.device | None) -> "_Part":
+        """For texts of `lengths` that lie one behind the other from row `first` on."""
+        counts = torch.tensor(lengths, device=device)
+        firsts = first + counts.cumsum(0) - counts
+        steps = torch.arange(max(lengths), device=device)
+        rows = slice(first, first + sum(lengths))
+        index = (firsts[:, None] + steps).clamp(max=rows.stop - 1)
+        return cls(trunk, rows, index, (steps < counts[:, None]).flatten().nonzero().squeeze(1))
 
     def own(self, x: Tensor) -> Tensor:
         """x [S, heads, D] -> [B, heads, T, D]."""
@@ -111,97 +122,49 @@ class _Part:
         """x [S, heads, D] -> [B, heads, P + T, D]."""
         if self.trunk.stop == self.trunk.start:
             return self.own(x)
-        shared = x[self.trunk].expand(len(self.rows), -1, -1, -1)
+        shared = x[self.trunk].expand(len(self.index), -1, -1, -1)
         return torch.cat((shared, x[self.index]), dim=1).transpose(1, 2)
 
     def put(self, values: Tensor, into: Tensor) -> None:
         """values [B, heads, T, D] into their rows of [S, heads, D]; what fills up is left out."""
-        for value, rows in zip(values.transpose(1, 2), self.rows, strict=True):
-            into[rows] = value[: rows.stop - rows.start]
+        into[self.rows] = values.transpose(1, 2).flatten(0, 1)[self.places]
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [S, heads, D] -> [B, heads, T, D], where what fills up is 0."""
+        taken = x.new_zeros(self.index.numel(), *x.shape[1:])
+        taken[self.places] = x[self.rows]
+        return taken.unflatten(0, self.index.shape).transpose(1, 2)
 
 
-def _parts(spans: Tensor, device: torch.device) -> Iterator[_Part]:
-    """A forest's trunks and branches, so that a trunk comes before its branches."""
-    trees: dict[int, list[slice]] = {}
-    for tree, first, last in spans.tolist():
-        trees.setdefault(tree, []).append(slice(first, last))
-    for trunk, *branches in trees.values():
-        yield _part(slice(0, 0), [trunk], device)
-        if longer := [branch for branch in branches if branch.stop > branch.start]:
-            yield _part(trunk, longer, device)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[_Part, ...], scale: float) -> Tensor:
+        kernels = training.attention_fits(q, v)
+        o = q.new_empty(*q.shape[:2], v.shape[-1])
+        log_sums = []
+        for part in parts:
+            values, sums = attention_forward(part.own(q), part.seen(k), part.seen(v), scale, kernels)
+            part.put(values, o)
+            log_sums.append(sums)
+        ctx.parts, ctx.scale, ctx.kernels = parts, scale, kernels
+        ctx.save_for_backward(q, k, v, *log_sums)
+        return o
 
-
-def _part(trunk: slice, rows: list[slice], device: torch.device) -> _Part:
-    first = torch.tensor([part.start for part in rows], device=device)
-    last = torch.tensor([part.stop - 1 for part in rows], device=device)
-    longest = max(part.stop - part.start for part in rows)
-    steps = torch.arange(longest, device=device)
-    return _Part(trunk, rows, torch.minimum(first[:, None] + steps, last[:, None]))
-
-
-@torch.library.custom_op("fathom::forest_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
-    """Returns (o [S, H, Dv], log(sum(exp(scores))) [S, H, 1] float32; the latter empty without kernels)."""
-    o, log_sums = _like_output(q, v, kernels)
-    for part in _parts(spans, q.device):
-        values, sums = attention_forward(part.own(q), part.seen(k), part.seen(v), scale, kernels)
-        part.put(values, o)
-        if kernels:
-            part.put(sums.unsqueeze(-1), log_sums)
-    return o, log_sums
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, kernels: bool) -> tuple[Tensor, Tensor]:
-    return _like_output(q, v, kernels)
-
-
-def _like_output(q: Tensor, v: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
-    log_sums = q.new_empty((*q.shape[:2], 1) if kernels else 0, dtype=torch.float32)
-    return q.new_empty(*q.shape[:2], v.shape[-1]), log_sums
-
-
-@torch.library.custom_op("fathom::forest_attention_backward", mutates_args=())
-def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) in the shapes of q, k, v. A trunk's keys gather what all of its branches ask of them."""
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
-    for part in _parts(spans, q.device):
-        # Rows that fill up ask for nothing, or their keys would be given a gradient.
-        upstream = do.new_zeros(len(part.rows), *part.index.shape[1:], *do.shape[1:])
-        for row, rows in zip(upstream, part.rows, strict=True):
-            row[: rows.stop - rows.start] = do[rows]
-        sums = part.own(log_sums).squeeze(-1).contiguous() if kernels else log_sums
-        gradients = attention_backward(
-            upstream.transpose(1, 2), part.own(q), part.seen(k), part.seen(v), sums, scale, kernels
-        )
-        part.put(gradients[0], dq)
-        shared = part.trunk.stop - part.trunk.start
-        for gradient, into in zip(gradients[1:], (dk, dv), strict=True):
-            part.put(gradient[:, :, shared:], into)
-            if shared:
-                into[part.trunk] += gradient[:, :, :shared].sum(0, dtype=torch.float32).transpose(0, 1).to(into.dtype)
-    return dq, dk, dv
-
-
-@_attention_backward.register_fake
-def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, spans: Tensor, scale: float, kernels: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-
-
-def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, spans, ctx.scale, ctx.kernels = inputs
-    ctx.save_for_backward(q, k, v, output[1], spans)
-
-
-def _differentiate(ctx, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, log_sums, spans = ctx.saved_tensors
-    gradients = _attention_backward(do, q, k, v, log_sums, spans, ctx.scale, ctx.kernels)
-    return (*gradients, None, None, None)
-
-
-_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *log_sums = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        for part, sums in zip(ctx.parts, log_sums, strict=True):
+            # Rows that fill up ask for nothing, or their keys would be given a gradient.
+            gradients = attention_backward(
+                part.take(do), part.own(q), part.seen(k), part.seen(v), sums, ctx.scale, ctx.kernels
+            )
+            part.put(gradients[0], dq)
+            shared = part.trunk.stop - part.trunk.start
+            for gradient, into in zip(gradients[1:], (dk, dv), strict=True):
+                part.put(gradient[:, :, shared:], into)
+                if shared:
+                    asked = gradient[:, :, :shared].sum(0, dtype=torch.float32).transpose(0, 1)
+                    into[part.trunk] += asked.to(into.dtype)
+        return dq, dk, dv, None, None

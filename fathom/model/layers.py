@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fathom.model import pointwise
+
 
 class Linear(nn.Linear):
     """y = x Wᵀ (+ b), multiplied in the dtype of `x` whatever the weight is stored in."""
@@ -38,6 +40,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
+        if pointwise.fits(x, self.weight):
+            return pointwise.rms_norm(x, self.weight, self.eps)
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight.float()).to(x.dtype)
@@ -54,4 +58,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(pointwise.gated(gate, up) if pointwise.fits(gate) else F.silu(gate) * up)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fathom.config.model import ModelConfig, RopeScaling, yarn_mscale
 from fathom.kernels import ops as kernels
+from fathom.model import pointwise
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -43,6 +44,9 @@ def rope_tables(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Turn `x` [..., rotary_dim] by `cos`, `sin` [..., rotary_dim / 2] (broadcast); the result is in halves."""
+    in_one_row = x.dim() == 4 and x.shape[0] == cos.shape[0] == cos.shape[2] == 1
+    if in_one_row and not interleaved and pointwise.fits(x):
+        return pointwise.rotate(x[0], cos[0, :, 0], sin[0, :, 0])[None]
     if interleaved:
         first, second = x[..., 0::2].float(), x[..., 1::2].float()
     else:

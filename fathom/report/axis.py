@@ -66,20 +66,19 @@ class Scale:
 
 
 def scale(axis: Axis, values: Iterable[float], start: float, end: float, *, wanted: int = 5) -> Scale:
-    """A scale that holds all `values` and ends at ticks, of which there are about `wanted`."""
+    """A scale that holds all `values`, with about `wanted` ticks. It ends at ticks, if logarithmic at powers of ten."""
     held = [value for value in values if axis.holds(value)]
     if axis.log:
         lowest, highest = math.floor(math.log10(min(held))), math.ceil(math.log10(max(held)))
         highest += lowest == highest
         stride = max(1, math.ceil((highest - lowest) / wanted))
-        highest += -(highest - lowest) % stride
         powers = range(lowest, highest + 1, stride)
         ticks = tuple((10.0**power, f"10{str(power).translate(_SUPERSCRIPTS)}") for power in powers)
         return Scale(10.0**lowest, 10.0**highest, start, end, ticks, log=True)
     low = min([*held, *([] if axis.least is None else [axis.least])])
     high = max([*held, *([] if axis.most is None else [axis.most])])
     if low == high:
-        margin = abs(low) / 2 or 1.0
+        margin = abs(low) / 2 or (0.01 if axis.percent else 1.0)
         low, high = (low - margin if low != axis.least else low), high + margin
     step = nice_step((high - low) / wanted)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

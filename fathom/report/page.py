@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fathom.config import PretrainRecipe
 from fathom.config.recipe import Recipe
@@ -116,7 +116,7 @@ def _page(run: _Run) -> str:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"share": _share}
+    environment.filters |= {"share": _share, "prose": _prose}
     by_reward, measured = run.learns_by_reward, run.measured
     first = headline(measured, learns_by_reward=by_reward)
     bars = probe(measured)
@@ -172,7 +172,7 @@ def _evaluation_table(run: _Run) -> list[list[str]]:
     scored = [(sign * value, line) for line in lines if (value := number(line.get(key))) is not None]
     best = max(scored, key=lambda pair: pair[0])[1] if scored else lines[-1]
     columns = [("first", lines[0]), (f"best by {key}", best), ("last", lines[-1])]
-    rows = [["held out", *(f"{name}, step {line['step']:,}" for name, line in columns)]]
+    rows = [["held out", *(f"{name}, step\N{NO-BREAK SPACE}{line['step']:,}" for name, line in columns)]]
     for name in dict.fromkeys(name for _, line in columns for name in line):
         if name in ("kind", "step") or name.startswith(_ELSEWHERE):
             continue
@@ -198,6 +198,11 @@ def _visible(text: str) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _prose(docstring: str) -> Markup:
+    """A field's docstring; what stands in backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(docstring))))
 
 
 def _duration(seconds: float) -> str:

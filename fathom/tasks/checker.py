@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -38,6 +38,7 @@ _STARTS = 3
 _FIRST_SECONDS = 20.0
 _LARGEST_CHUNK = 32
 _HUNG_IN_A_ROW = 20
+_HEED_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,25 @@ class Sample:
 class Checker:
     """A pool that checks answers to one task's problems; a context manager. One thread at a time may use it."""
 
-    def __init__(self, task: Task | str, *, seconds: float = 10.0, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        task: Task | str,
+        *,
+        seconds: float = 10.0,
+        workers: int | None = None,
+        heed: Callable[[], None] = lambda: None,
+    ) -> None:
         """`task` by name (`fathom.tasks.catalogue`), or itself where it can be pickled; `seconds` for each check.
 
-        `workers`: processes, by default one a core and 4 at most. Nothing starts before the `with`.
+        `workers`: processes, by default one a core and 4 at most. Nothing starts before the `with`. `heed` is called
+        again and again while checks run, from any thread; what it raises ends them.
         """
         self.task = open_task(task) if isinstance(task, str) else task
         self.hung = 0
         """Checks so far that overran their time."""
         self.lost = 0
         """Processes so far that ended in the midst of a check."""
-        self._seconds = seconds
+        self._seconds, self._heed = seconds, heed
         self._count = workers or min(4, os.cpu_count() or 1)
         self._sent = task if isinstance(task, str) else _pickled(self.task)
         self._workers: list[_Worker] = []
@@ -117,7 +126,7 @@ class Checker:
         jobs = {place: (problem, text) for place, (problem, text) in enumerate(answers) if text is not None}
         if self.task.runs_programs:
             with ThreadPoolExecutor(self._count) as threads:
-                found = threads.map(lambda job: judge(self.task, *job), jobs.values())
+                found = threads.map(self._judge, jobs.values())
                 verdicts = dict(zip(jobs, found, strict=True))
         else:
             try:
@@ -126,6 +135,10 @@ class Checker:
                 self.close()
                 raise
         return [verdicts.get(place, Verdict(0.0)) for place in range(len(answers))]
+
+    def _judge(self, job: tuple[Problem, str]) -> Verdict:
+        self._heed()
+        return judge(self.task, *job)
 
 
 class _Batch:
@@ -142,11 +155,12 @@ class _Batch:
 
     def run(self) -> dict[int, Verdict]:
         while len(self._verdicts) < len(self._jobs):
+            self._checker._heed()
             for worker in [worker for worker in self._workers if worker.idle]:
                 self._give(worker)
             busy = {worker.connection: worker for worker in self._workers if not worker.idle}
             nearest = min(worker.deadline for worker in busy.values())
-            heard = wait(list(busy), max(0.0, nearest - time.monotonic()))
+            heard = wait(list(busy), min(_HEED_SECONDS, max(0.0, nearest - time.monotonic())))
             for connection in heard:
                 self._hear(busy[connection])
             for worker in busy.values():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.table import Table
 
+from fathom.config.section import sentence
 from fathom.errors import UserError
 from fathom.options import positive
 from fathom.tasks.catalogue import BUILT_IN, FORMS, open_task
@@ -110,8 +111,8 @@ def _open(options: argparse.Namespace) -> tuple[Task, Iterator[Problem]]:
 def _headline(task: Task) -> str:
     """Its name, the first paragraph of its class's docstring, and its levels."""
     levels = "1 level" if task.levels == 1 else f"levels 1 to {task.levels}"
-    about = inspect.cleandoc(type(task).__doc__ or "").split("\n\n")[0]
-    return f"{task.called} ({levels}){': ' if about else ''}{' '.join(about.split())}"
+    about = sentence(inspect.cleandoc(type(task).__doc__ or "").split("\n\n")[0])
+    return f"{task.called} ({levels}){': ' if about else ''}{about}"
 
 
 def _short(text: str) -> str:

@@ -25,6 +25,7 @@ class Display:
         self._task = self._live.add_task("", total=total, completed=done)
         self._began: float | None = None
         self._printed = float("-inf")
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -38,6 +39,12 @@ class Display:
     def say(self, line: str) -> None:
         """One line that stays."""
         self._console.print(escape(line), highlight=False, soft_wrap=True)
+
+    def say_once(self, matter: str, line: str) -> None:
+        """The same, where nothing has been said of this `matter` before."""
+        if matter not in self._said:
+            self._said.add(matter)
+            self.say(line)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """After each step, with its training metrics."""

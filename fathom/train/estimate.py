@@ -1,5 +1,6 @@
 """What a recipe will take before it runs: size, arithmetic, memory, time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fathom.config import PretrainRecipe, explain_recipe
+from fathom.config.model import ModelConfig
+from fathom.config.recipe import OptimizerSection
 from fathom.model.accounting import count_parameters, flops_per_token
 from fathom.model.transformer import Transformer
 from fathom.report.tables import plural, quantity
@@ -42,18 +45,6 @@ class Memory:
     program: int = PROGRAM_BYTES
     """Python, PyTorch and the other libraries; as measured here, whatever the model."""
 
-    @property
-    def total(self) -> int:
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.checkpoint_copy
-            + self.average
-            + self.activations
-            + self.program
-        )
-
 
 def run_tokens(recipe: PretrainRecipe) -> int:
     """Tokens of the whole run, batch ramp included."""
@@ -66,27 +57,37 @@ def estimate_memory(recipe: PretrainRecipe) -> Memory:
     """Memory of training on one device. Nothing is allocated: the model is built on the meta device."""
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    matrices = others = 0
-    for name, p in model.named_parameters():
-        if recipe.optimizer.name == "muon" and is_orthogonalised(name, p):
-            matrices += p.numel()
-        else:
-            others += p.numel()
-    weights = 4 * (matrices + others)
-    moment = 2 if recipe.optimizer.state_dtype == "bfloat16" else 4
-    optimizer = moment * (matrices + 2 * others)
+    weights = trained_bytes(model)
+    optimizer = optimizer_bytes(model, recipe.optimizer)
     average = weights if recipe.train.ema_decay is not None else 0
     tokens = recipe.train.micro_batch * recipe.data.sequence_length
     layers = recipe.model.num_hidden_layers + recipe.model.num_nextn_predict_layers
-    wide = 1 if use_bf16(recipe.train.precision) else 2
     return Memory(
         weights=weights,
         gradients=weights,
         optimizer=optimizer,
         checkpoint_copy=weights + optimizer + average,
         average=average,
-        activations=wide * ACTIVATION_BYTES * tokens * layers * recipe.model.hidden_size,
+        activations=activation_bytes(tokens * layers * recipe.model.hidden_size, recipe.train.precision),
     )
+
+
+def trained_bytes(model: Transformer) -> int:
+    """Bytes in float32 of the parameters that are trained, and so of their gradients."""
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def optimizer_bytes(model: Transformer, section: OptimizerSection) -> int:
+    """Bytes of the moments that the optimizer keeps: one for what Muon moves, two for the rest."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = section.name == "muon"
+    numbers = sum(p.numel() * (1 if muon and is_orthogonalised(name, p) else 2) for name, p in trained)
+    return numbers * (2 if section.state_dtype == "bfloat16" else 4)
+
+
+def activation_bytes(units: int, precision: str) -> int:
+    """Bytes kept for backward by so many tokens × layers × width; rough."""
+    return (1 if use_bf16(precision) else 2) * ACTIVATION_BYTES * units
 
 
 def dry_run(recipe: PretrainRecipe, console: Console | None = None) -> None:
@@ -108,64 +109,77 @@ def dry_run(recipe: PretrainRecipe, console: Console | None = None) -> None:
 
 def estimate_rows(recipe: PretrainRecipe) -> list[tuple[str, str]]:
     """Lines of the table: a label and a value each. Measures the machine's peak, about a second."""
-    parameters = count_parameters(recipe.model)
     tokens = run_tokens(recipe)
     per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
     memory = estimate_memory(recipe)
     dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
     speed = measure_gemm(dtype)
-    mtp = f", and {parameters.mtp:,} in MTP modules" if parameters.mtp else ""
     return [
-        ("parameters", f"{parameters.total:,}, of which {parameters.active:,} active per token{mtp}"),
+        ("parameters", parameters_in_words(recipe.model)),
         ("tokens", f"{tokens:,} in {plural(recipe.train.steps, 'step')}"),
         (
             "arithmetic",
             f"{quantity(per_token, 'FLOP')} per token of a sequence of {recipe.data.sequence_length:,}, "
             f"{quantity(tokens * per_token, 'FLOP')} in all",
         ),
-        ("memory", f"{_gigabytes(memory.total)}: {_parts(memory)}"),
-        (
-            "at its peak",
-            f"up to {_gigabytes(int(memory.total * (1 + KEPT_BY_ALLOCATOR)))} with what the allocator keeps",
+        *memory_rows(
+            {
+                "weights": memory.weights,
+                "gradients": memory.gradients,
+                "optimizer": memory.optimizer,
+                "average": memory.average,
+                "checkpoint copy": memory.checkpoint_copy,
+                "activations (rough)": memory.activations,
+                "PyTorch itself": memory.program,
+            }
         ),
-        ("this machine", f"{_rate(speed)} in {str(dtype).removeprefix('torch.')} products (measured)"),
-        ("time", _time(tokens * per_token / UTILISATION, speed)),
+        ("this machine", f"{rate_in_words(speed)} in {str(dtype).removeprefix('torch.')} products (measured)"),
+        ("time", f"{time_in_words(tokens * per_token, speed)} if {UTILISATION:.0%} of that is reached"),
     ]
 
 
-def _rate(speed: GemmSpeed) -> str:
+def parameters_in_words(config: ModelConfig) -> str:
+    """How many there are, and how many of them a token meets."""
+    parameters = count_parameters(config)
+    mtp = f", and {parameters.mtp:,} in MTP modules" if parameters.mtp else ""
+    return f"{parameters.total:,}, of which {parameters.active:,} active per token{mtp}"
+
+
+def memory_rows(parts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The sum of `parts`, in bytes, and what a process takes at its peak."""
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    peak = gigabytes(int(total * (1 + KEPT_BY_ALLOCATOR)))
+    return [
+        ("memory", f"{gigabytes(total)}: {listed}"),
+        ("at its peak", f"up to {peak} with what the allocator keeps"),
+    ]
+
+
+def rate_in_words(speed: GemmSpeed) -> str:
     if not speed.busy:
         return f"{speed.peak / 1e9:,.0f} GFLOP/s"
     return f"busy now: {speed.sustained / 1e9:,.0f} to, left alone, perhaps {speed.undisturbed / 1e9:,.0f} GFLOP/s"
 
 
-def _time(flop: float, speed: GemmSpeed) -> str:
-    """How long so many operations take at the measured speed; a range when the measurement was disturbed."""
-    condition = f"if {UTILISATION:.0%} of that is reached"
+def time_in_words(flop: float, speed: GemmSpeed, *, beside: float = 0.0) -> str:
+    """How long so many operations take at `UTILISATION` of the measured speed, and `beside` seconds; a range when the
+    measurement was disturbed."""
+    flop /= UTILISATION
     if not speed.busy:
-        return f"about {_duration(flop / speed.peak)} {condition}"
-    return f"{_duration(flop / speed.undisturbed)} to {_duration(flop / speed.sustained)} {condition}"
+        return f"about {_duration(flop / speed.peak + beside)}"
+    return f"{_duration(flop / speed.undisturbed + beside)} to {_duration(flop / speed.sustained + beside)}"
 
 
-def _parts(memory: Memory) -> str:
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "average": memory.average,
-        "checkpoint copy": memory.checkpoint_copy,
-        "activations (rough)": memory.activations,
-        "PyTorch itself": memory.program,
-    }
-    return ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
-
-
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """Bytes, in units of 10⁹."""
     return f"{size / 1e9:,.2f} GB"
 
 
 def _duration(seconds: float) -> str:
     hours = seconds / 3600
+    if seconds < 59.95:
+        return f"{seconds:.1f} seconds"
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"

@@ -11,16 +11,17 @@ from fathom.train.rollout import Group, Rollout
 def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer, reflections: Sequence[str]) -> dict[str, float]:
     """Means over all completions of a step.
 
-    reward and its parts · completion_tokens, thought_tokens (the longest thought too) · truncated: share cut off at the
-    limit · reflections: how often one of those words is in a thought · uninformative: share of groups whose rewards are
-    all equal · faults: checks that failed, of whatever cause
+    problems: how many they are of · reward and its parts · completion_tokens, thought_tokens (the longest thought too)
+    truncated: share cut off at the limit · reflections: how often one of those words is in a thought
+    uninformative: share of groups whose rewards are all equal · faults: checks that failed, of whatever cause
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
         return {}
     equal = sum(not group.informative for group in groups) / len(groups)
     return {"reward": _mean(r.reward.total for r in rollouts), **_of(rollouts, tokenizer, reflections)} | {
-        "uninformative": equal
+        "uninformative": equal,
+        "problems": len(groups),
     }
 
 

@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fathom.config.rl import RLRecipe
 from fathom.data.tokenizer import Tokenizer
 from fathom.errors import UserError
-from fathom.model.cross_entropy import logprobs_and_entropy
 from fathom.model.forest import Forest, Tree
+from fathom.model.token_logprobs import Head, logprobs_and_entropy
 from fathom.model.transformer import Transformer
 from fathom.train.grpo import PolicyBatch, PolicyReport, completion_weights, group_advantages, policy_loss
 from fathom.train.optimizers import Optimizer
@@ -63,22 +63,26 @@ class Learner:
 
 
 def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
-    """The optimizer steps of one rollout. Returns their metrics; `skipped` says that one was not made."""
+    """The optimizer steps of one rollout. Returns their metrics; `skipped` says that one was not made, and `updates`
+    how many were."""
     recipe, progress, model = learner.recipe, learner.progress, learner.model
     lr = constant_lr_at(progress.step, recipe.train.warmup_steps, recipe.optimizer.lr)
     if recipe.loss.kl > 0 and (learner.reference is None or progress.step % recipe.train.reference_every == 0):
         learner.reference = frozen_copy(model)
     parts = recipe.train.mini_batches
-    batches = [batch for part in range(parts) if (batch := _MiniBatch.of(groups[part::parts], learner))]
+    # Dealt out like cards, those that teach first: mini-batches are equal in both kinds, but for one.
+    dealt = sorted(groups, key=lambda group: not group.informative)
+    batches = [batch for part in range(parts) if (batch := _MiniBatch.of(dealt[part::parts], learner))]
     if parts > 1:
         for batch in batches:
-            batch.remember_old(learner)
+            batch.remember_old(_Scorer.of(model, recipe))
     report: PolicyReport | None = None
-    loss, norms, skipped = 0.0, [], False
+    loss, norms, updates = 0.0, [], 0
+    reference = None if recipe.loss.kl == 0 else _Scorer.of(learner.reference, recipe)
     for batch in batches:
-        own_loss = 0.0
+        own_loss, policy = 0.0, _Scorer.of(model, recipe)
         for place in range(len(batch.pieces)):
-            piece_loss, piece_report = batch.loss(place, learner)
+            piece_loss, piece_report = batch.loss(place, policy, reference, recipe)
             piece_loss.backward()
             own_loss += float(piece_loss.detach())
             report = piece_report if report is None else report + piece_report
@@ -89,20 +93,20 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
         if math.isfinite(norm) and math.isfinite(own_loss):
             clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
             learner.optimizer.step(lr)
-        else:
-            skipped = True
+            updates += 1
         learner.optimizer.zero_grad()
     if batches and not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
         raise NoNumbers(
             f"step {progress.step + 1}: the weights are no longer numbers; lower optimizer.lr and go on from the last "
             "checkpoint with --resume --accept-changes"
         )
+    skipped = updates < len(batches)
     progress.step += 1
     progress.tokens += 0 if report is None else int(report.tokens)
     progress.bad_steps += skipped
     if batches:
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
-    metrics = {"loss": loss, "skipped": skipped, "grad_norm": max(norms, default=0.0), "lr": lr}
+    metrics = {"loss": loss, "skipped": skipped, "updates": updates, "grad_norm": max(norms, default=0.0), "lr": lr}
     return metrics | ({} if report is None else report.means())
 
 
@@ -148,40 +152,39 @@ class _MiniBatch:
             max_tokens=recipe.rollout.max_tokens,
             truncated=torch.tensor([not rollout.drawn.finished for rollout in rollouts], device=on),
         )
-        firsts, first = [], 0
+        teaches = (weights > 0) & ((advantages != 0) | (recipe.loss.kl > 0))
+        teaching, first = [], 0
         for group in groups:
-            firsts.append(first)
-            first += len(group.rollouts)
-        teaching = [
-            (group, first)
-            for group, first in zip(groups, firsts, strict=True)
-            if group.informative or recipe.loss.kl > 0
-        ]
+            end = first + len(group.rollouts)
+            if teaches[first:end].any():
+                teaching.append((group, first))
+            first = end
         pieces = [_piece(part, learner) for part in _packed(teaching, recipe.train.rows)]
         return cls(advantages, weights, pieces) if pieces else None
 
-    def remember_old(self, learner: Learner) -> None:
+    def remember_old(self, policy: "_Scorer") -> None:
         """Keep the policy's log-probabilities as they are now."""
         with torch.no_grad():
-            self.old_logprobs = [_logprobs(learner.model, piece, learner)[0] for piece in self.pieces]
+            self.old_logprobs = [policy(piece)[0] for piece in self.pieces]
 
-    def loss(self, place: int, learner: Learner) -> tuple[Tensor, PolicyReport]:
+    def loss(
+        self, place: int, policy: "_Scorer", reference: "_Scorer | None", recipe: RLRecipe
+    ) -> tuple[Tensor, PolicyReport]:
         """The part of the mini-batch's loss that comes from the piece at `place`."""
-        recipe, piece = learner.recipe, self.pieces[place]
-        logprobs, entropy = _logprobs(learner.model, piece, learner)
-        reference = None
-        if recipe.loss.kl > 0 and learner.reference is not None:
+        piece = self.pieces[place]
+        logprobs, entropy = policy(piece)
+        reference_logprobs = None
+        if reference is not None:
             with torch.no_grad():
-                reference = _logprobs(learner.reference, piece, learner)[0]
+                reference_logprobs = reference(piece)[0]
         old = self.old_logprobs[place] if self.old_logprobs else logprobs.detach()
         batch = PolicyBatch(
             owner=piece.completions[piece.forest.owners],
             advantages=self.advantages,
             weights=self.weights,
             old_logprobs=old,
-            reference_logprobs=reference,
-            # The engine speaks of temperature 1.
-            sampler_logprobs=piece.sampler_logprobs if recipe.rollout.temperature == 1 else None,
+            reference_logprobs=reference_logprobs,
+            sampler_logprobs=piece.sampler_logprobs if recipe.rollout.gives_logprobs else None,
             entropy=entropy,
         )
         return policy_loss(logprobs, batch, recipe.loss)
@@ -227,15 +230,24 @@ def _routes(group: Group) -> Iterator[Tensor]:
         yield routes[length:]
 
 
-def _logprobs(model: Transformer, piece: _Piece, learner: Learner) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [M] of every token that was drawn."""
-    hidden, _ = model.forest_states(piece.forest, routes=piece.routes)
-    return logprobs_and_entropy(
-        hidden[piece.forest.sources],
-        model.lm_head.weight,
-        piece.forest.targets,
-        temperature=learner.recipe.rollout.temperature,
-    )
+@dataclass(frozen=True)
+class _Scorer:
+    """A policy as it is now, between two optimizer steps."""
+
+    model: Transformer
+    head: Head
+    temperature: float
+
+    @classmethod
+    def of(cls, model: Transformer, recipe: RLRecipe) -> "_Scorer":
+        weight = model.lm_head.weight
+        return cls(model, Head.of(weight, model.compute_dtype or weight.dtype), recipe.rollout.temperature)
+
+    def __call__(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy [M] of every token that was drawn."""
+        forest = piece.forest
+        hidden, _ = self.model.forest_states(forest, routes=piece.routes)
+        return logprobs_and_entropy(hidden[forest.sources], self.head, forest.targets, self.temperature)
 
 
 def frozen_copy(model: Transformer) -> Transformer:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,9 +103,18 @@ class _Board:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All lines of a `metrics.jsonl`. Raises `UserError` that names one that is none."""
-    lines = file.read_bytes().splitlines()
-    return [_parse(file, number, line) for number, line in enumerate(lines, start=1)]
+    """All lines of a `metrics.jsonl`, but for a last one that is cut short. Raises `UserError` that names a bad one."""
+    return [_parse(file, number, line) for number, line in _whole_lines(file)]
+
+
+def _whole_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line. A crash leaves the last one without its end: it is passed over with a note."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n"):
+                yield number, line
+            else:
+                warnings.warn(f"{file}: line {number}, the last, is cut short and left out", stacklevel=2)
 
 
 def _parse(file: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -121,15 +131,12 @@ def _end_of_metrics(file: Path, step: int) -> tuple[int, bool]:
     """Bytes up to the last whole line of `step` or an earlier one; whether `step` has been evaluated."""
     end, evaluated = 0, False
     if file.exists():
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                values = _parse(file, number, line)
-                if values["step"] > step:
-                    break
-                evaluated = evaluated or (values["kind"], values["step"]) == ("eval", step)
-                end += len(line)
+        for number, line in _whole_lines(file):
+            values = _parse(file, number, line)
+            if values["step"] > step:
+                break
+            evaluated = evaluated or (values["kind"], values["step"]) == ("eval", step)
+            end += len(line)
     return end, evaluated
 
 

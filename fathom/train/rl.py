@@ -8,7 +8,7 @@ Engine and trainer are two programs for one model and round differently; the dif
 (`kl_sampler`), and for a mixture of experts made small by training on the experts that the engine chose.
 
 What a step reads is in the checkpoint or a function of the recipe and the step's number, so a resumed run is the
-unbroken one, bit for bit.
+unbroken one, bit for bit. That also allows a signal to cut a rollout or an evaluation short: it is made again.
 """
 
 import time
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fathom.config.model import ModelConfig
 from fathom.config.rl import RLRecipe
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.engine import Engine, EngineSettings
@@ -31,15 +32,16 @@ from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.checker import Checker
+from fathom.tasks.task import Problem, Task
 from fathom.train.display import Display, describe
 from fathom.train.honesty import measured, rollout_metrics
 from fathom.train.learner import Learner, NoNumbers, frozen_copy, update
 from fathom.train.machine import device, use_bf16
 from fathom.train.metrics import MetricsLog, read_metrics
 from fathom.train.optimizers import build_optimizer
-from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
+from fathom.train.rollout import Group, Roller, Rollout, draw_problems, held_out_problems, seed_of
 from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
-from fathom.train.signals import StopRequest, sigterm_interrupts
+from fathom.train.signals import Stopped, StopRequest, sigterm_interrupts
 from fathom.train.state import (
     Progress,
     checkpoint_name,
@@ -60,7 +62,8 @@ def train_rl(
     console: Console | None = None,
     runs: Path = Path("runs"),
 ) -> RunResult:
-    """Train as `recipe` says, in the folder `runs/<recipe.name>`; arguments and signals as in `pretrain`.
+    """Train as `recipe` says, in the folder `runs/<recipe.name>`; arguments and signals as in `pretrain`, but that a
+    signal also cuts short what only draws: nothing has been learnt from it.
 
     Raises `UserError` for everything a person can put right. What was learnt before is then in a checkpoint.
     """
@@ -72,35 +75,39 @@ def train_rl(
         checkpoint = find_checkpoint(
             run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
         )
-        task = open_task(recipe.task.name)
-        if recipe.task.levels > task.levels:
-            raise UserError(f"task.levels = {recipe.task.levels}, but {task.called} has {task.levels}")
+        task = task_of(recipe)
         if task.runs_programs:
             from fathom.tasks.programs import shared_sandbox, use_sandbox
 
             use_sandbox(recipe.task.sandbox)
             shared_sandbox()  # where there is none, the person hears of it now, and not as a run of wrong answers
-        learner = _start(recipe, checkpoint)
+        learner, stop = _start(recipe, checkpoint), StopRequest()
         with ExitStack() as stack:
-            checker = stack.enter_context(Checker(recipe.task.name, seconds=recipe.task.check_seconds))
+            checker = Checker(recipe.task.name, seconds=recipe.task.check_seconds, heed=stop.heed)
+            stack.enter_context(checker)
             engine = stack.enter_context(_engine(learner))
-            roller = Roller(recipe, engine, learner.tokenizer, checker)
+            roller = Roller(recipe, engine, learner.tokenizer, checker, stop.heed)
             begin_run(run, recipe, overwrite=overwrite)
             parameters = count_parameters(learner.model.config)
             say(f"run '{recipe.name}' in {run.path}: {recipe.task.name}, {count(parameters.total)} parameters")
             if step := learner.progress.step:
                 say(f"resuming from step {step} of {recipe.train.steps}")
-            return _train(learner, roller, engine, run, checkpoint, console)
+            return _train(learner, roller, engine, run, console, stop)
 
 
 def _train(
-    learner: Learner, roller: Roller, engine: EngineProtocol, run: RunFolder, checkpoint: Path | None, console: Console
+    learner: Learner, roller: Roller, engine: EngineProtocol, run: RunFolder, console: Console, stop: StopRequest
 ) -> RunResult:
     """The loop: step, new weights for the engine, evaluation, checkpoint."""
     recipe, progress = learner.recipe, learner.progress
-    total, saved = recipe.train.steps, progress.step
+    total, saved, interrupted = recipe.train.steps, progress.step, False
     task = open_task(recipe.task.name)
     problems = held_out_problems(task, recipe.task.levels, recipe.eval.problems, seed=recipe.seed)
+    if len(problems) < recipe.eval.problems:
+        Display(console, total=total, done=0).say(
+            f"task {recipe.task.name}: no more than {len(problems)} different held-out problems were found where "
+            f"eval.problems = {recipe.eval.problems}"
+        )
     evaluation: dict[str, float] = {}
     if recipe.rollout.endpoint is not None and recipe.rollout.replay_routes and learner.model.routers:
         Display(console, total=total, done=0).say("routes cannot be replayed: the endpoint does not say them")
@@ -108,7 +115,7 @@ def _train(
         CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
         MetricsLog(run, step=progress.step) as log,
         Display(console, total=total, done=progress.step) as display,
-        StopRequest() as stop,
+        stop,
     ):
         best = _best_so_far(run)
 
@@ -117,12 +124,16 @@ def _train(
             writer.save(learner.contents())
             saved = progress.step
 
-        def evaluate() -> None:
+        def evaluate_if_due() -> None:
             nonlocal evaluation, best
+            if progress.step < total and progress.step % recipe.eval.every:
+                return
             began = time.perf_counter()
-            evaluation = _evaluate(roller, recipe, problems, learner.tokenizer, last=progress.step == total)
+            evaluation, found = _evaluate(roller, recipe, problems, learner.tokenizer, last=progress.step == total)
             if progress.step == 0 and recipe.eval.probe:
-                evaluation |= _probe(roller, recipe, problems, learner.tokenizer)
+                evaluation |= _probe(roller, recipe, problems, learner.tokenizer, display.say)
+            for problem, rollout in found[:: max(1, len(found) - 1)]:  # of the lowest level and of the highest
+                log.write_sample(progress.step, problem.question, _sample(rollout))
             log.write("eval", progress.step, evaluation | {"seconds": time.perf_counter() - began})
             display.say(f"step {progress.step}: held out  {_told(evaluation)}")
             if evaluation["pass@1"] > best:
@@ -131,11 +142,12 @@ def _train(
                     _save_best(run, learner)
 
         try:
-            if not log.evaluated and (progress.step == 0 or progress.step % recipe.eval.every == 0):
-                evaluate()
-            while progress.step < total and not stop.asked:
+            if not log.evaluated:
+                evaluate_if_due()
+            while progress.step < total:
+                stop.heed()
                 began = time.perf_counter()
-                groups, drawn = _roll_out(learner, roller, task, display.say)
+                groups, drawn = _roll_out(learner, roller, task, display)
                 if not drawn:
                     raise UserError(f"task {recipe.task.name}: no problem is left to be asked; try other levels")
                 rolled = time.perf_counter()
@@ -156,40 +168,50 @@ def _train(
                 display.step(progress.step, values)
                 if values["skipped"]:
                     _report_bad_step(progress, recipe, values, display.say)
+                else:
+                    _report_missing_updates(groups, progress, recipe, values["updates"], display)
                 # First the checkpoint, so that no evaluation can cost it.
-                if progress.step == total or stop.asked or progress.step % recipe.checkpoint.every == 0:
+                if progress.step == total or progress.step % recipe.checkpoint.every == 0:
                     save()
-                if progress.step == total or progress.step % recipe.eval.every == 0:
-                    for rollout in drawn[0].rollouts[:2]:
-                        log.write_sample(progress.step, drawn[0].problem.question, _sample(rollout))
-                    evaluate()
+                evaluate_if_due()
                 writer.check()
+        except Stopped:
+            interrupted = True
         except NoNumbers:
             raise
         except Exception:
             if saved < progress.step:  # an endpoint went away, memory ran out: what was learnt is kept
                 save()
+            writer.wait()
+            if progress.step:
+                again = f"{fathom_command()} rl {run.recipe} --resume"
+                display.say(f"what was learnt up to step {progress.step} is saved; once mended, go on with: {again}")
             raise
         if saved < progress.step:
             save()
         writer.wait()
-        interrupted = progress.step < total
         if interrupted:
             display.say(f"stopped at step {progress.step}; go on with: {fathom_command()} rl {run.recipe} --resume")
     return RunResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
 
 
-def _roll_out(
-    learner: Learner, roller: Roller, task: Any, say: Callable[[str], None]
-) -> tuple[list[Group], list[Group]]:
+def _roll_out(learner: Learner, roller: Roller, task: Task, display: Display) -> tuple[list[Group], list[Group]]:
     """The groups to learn from, and all that were drawn. With dynamic sampling only informative groups are learnt from,
     and others are drawn in the place of the rest, as often as the recipe allows."""
     recipe, step = learner.recipe, learner.progress.step
     wanted, kept, drawn, asked = recipe.rollout.problems, [], [], set()
     for round in range(1 + recipe.rollout.resample):
         seed = seed_of(recipe.seed, step, round)
-        problems = draw_problems(task, "train", learner.level, wanted - len(kept), seed=seed, without=asked)
+        missing = wanted - len(kept)
+        problems = draw_problems(task, "train", learner.level, missing, seed=seed, without=asked)
         asked |= {problem.question for problem in problems}
+        if len(problems) < missing:
+            display.say_once(
+                "problems",
+                f"step {step + 1}: task {recipe.task.name} has given {len(asked)} different problems where "
+                f"{len(asked) + missing - len(problems)} were wanted, so steps are smaller; lower rollout.problems or "
+                "try other levels (task.levels)",
+            )
         if not problems:
             break
         groups = roller.groups(problems, recipe.rollout.samples, seed=seed)
@@ -198,7 +220,7 @@ def _roll_out(
         if len(kept) >= wanted:
             break
     if drawn and not any(group.informative for group in drawn):
-        say(
+        display.say(
             f"step {step + 1}: all rewards of every group are equal, so there is nothing to learn from; easier or "
             "harder levels (task.levels), more rollout.samples or rollout.resample may help"
         )
@@ -241,14 +263,31 @@ def _engine(learner: Learner) -> Any:
     if recipe.rollout.endpoint is not None:
         from fathom.engine.remote import RemoteEngine, RemoteSettings
 
-        return RemoteEngine(RemoteSettings(url=recipe.rollout.endpoint), learner.tokenizer)
+        settings = RemoteSettings(
+            url=recipe.rollout.endpoint,
+            model=recipe.rollout.endpoint_model,
+            api_key_env=recipe.rollout.endpoint_key_env,
+        )
+        return RemoteEngine(settings, learner.tokenizer)
+    return Engine(learner.model, learner.tokenizer, engine_settings(recipe, learner.model.config))
+
+
+def engine_settings(recipe: RLRecipe, config: ModelConfig) -> EngineSettings:
+    """Those of the engine of this process."""
     samples = recipe.rollout.problems * recipe.rollout.samples
-    settings = EngineSettings(
+    return EngineSettings(
         max_running=min(256, samples),
         queue=samples + recipe.eval.problems,
-        record_routes=recipe.rollout.replay_routes and bool(learner.model.routers),
+        record_routes=recipe.rollout.replay_routes and any(map(config.is_moe_layer, range(config.num_hidden_layers))),
     )
-    return Engine(learner.model, learner.tokenizer, settings)
+
+
+def task_of(recipe: RLRecipe) -> Task:
+    """What is to be learnt. Raises `UserError` where there is no such task, or not with so many levels."""
+    task = open_task(recipe.task.name)
+    if recipe.task.levels > task.levels:
+        raise UserError(f"task.levels = {recipe.task.levels}, but {task.called} has {task.levels}")
+    return task
 
 
 def _raise_level(learner: Learner, drawn: Sequence[Group], say: Callable[[str], None]) -> None:
@@ -267,29 +306,39 @@ def _raise_level(learner: Learner, drawn: Sequence[Group], say: Callable[[str], 
         say(f"step {learner.progress.step}: level {learner.level - 1} is learnt, level {learner.level} is added")
 
 
-def _evaluate(roller: Roller, recipe: RLRecipe, problems: Sequence, tokenizer: Tokenizer, *, last: bool) -> dict:
-    """pass@1 over held-out problems and by level; at the end also with thoughts cut short."""
+def _evaluate(
+    roller: Roller, recipe: RLRecipe, problems: Sequence[Problem], tokenizer: Tokenizer, *, last: bool
+) -> tuple[dict[str, float], list[tuple[Problem, Rollout]]]:
+    """pass@1 over held-out problems and by level, and the answers; at the end pass@1 with thoughts cut short, too."""
     seed = seed_of(recipe.seed, "held-out")
     found = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed)
     values = measured(found, tokenizer, recipe.eval.reflections)
     for budget in recipe.eval.budgets if last else ():
         cut = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, budget=budget)
         values[f"pass@1/budget_{budget}"] = measured(cut, tokenizer, ())["pass@1"]
-    return values
+    return values, found
 
 
-def _probe(roller: Roller, recipe: RLRecipe, problems: Sequence, tokenizer: Tokenizer) -> dict[str, float]:
+def _probe(
+    roller: Roller, recipe: RLRecipe, problems: Sequence[Problem], tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, float]:
     """The base made to think, and made to guess: without a gap between them there is no reason to learn to think.
 
-    Nothing where the prompt itself opens a thought, or where a guess cannot be asked for: a layout without a mark
-    before the answer, in a vocabulary whose think tag is ordinary text.
+    Nothing, and `say` why, where the prompt itself opens a thought, or where a guess cannot be asked for: a layout
+    without a mark before the answer, in a vocabulary whose think tag is ordinary text.
     """
-    seed = seed_of(recipe.seed, "probe")
-    thinks = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, begin="<think>")
     guess = {"tags": "<answer>", "boxed": "\\boxed{", "line": "Answer:", "rest": ""}[recipe.rewards.layout.form]
     opening = tokenizer.encode("<think>", special=True)
-    if recipe.prompt.opens_thought or (not guess and len(opening) > 1):
+    why = None
+    if recipe.prompt.opens_thought:
+        why = "the prompt opens the thought (prompt.opens_thought)"
+    elif not guess and len(opening) > 1:
+        why = "rewards.layout.form = rest has no mark to begin a guess with, and <think> is no token to be forbidden"
+    if why is not None:
+        say(f"not measured made to think and made to guess (eval.probe): {why}")
         return {}
+    seed = seed_of(recipe.seed, "probe")
+    thinks = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, begin="<think>")
     bias = None if guess else {opening[0]: -100.0}
     guesses = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, begin=guess, bias=bias)
     return {f"probe_{name}": measured(found, tokenizer, ())["accuracy"] for name, found in
@@ -304,7 +353,7 @@ def _told(values: dict[str, float]) -> str:
     return describe(values) + probe
 
 
-def _sample(rollout: Any) -> str:
+def _sample(rollout: Rollout) -> str:
     parts = ", ".join(f"{name} {value + 0.0:g}" for name, value in rollout.reward.parts.items())
     return f"{rollout.text}\n[{parts}]"
 
@@ -330,6 +379,20 @@ def _save_best(run: RunFolder, learner: Learner) -> None:
         sweep(best)
     except OSError as error:
         raise UserError(f"{run.path}: the best model cannot be written ({error.strerror or error})") from None
+
+
+def _report_missing_updates(
+    groups: Sequence[Group], progress: Progress, recipe: RLRecipe, updates: int, display: Display
+) -> None:
+    """Say, once, that a step that had something to learn made fewer updates than the recipe asks for."""
+    informative, wanted = sum(group.informative for group in groups), recipe.train.mini_batches
+    if updates < wanted and informative:
+        display.say_once(
+            "updates",
+            f"step {progress.step}: {updates} of {wanted} mini-batches (train.mini_batches) had something to learn "
+            f"from: {informative} of {recipe.rollout.problems} groups have rewards that differ"
+            + (", and what was cut off is left out (loss.drop_truncated)" if recipe.loss.drop_truncated else ""),
+        )
 
 
 def _report_bad_step(progress: Progress, recipe: RLRecipe, values: dict[str, Any], say: Callable[[str], None]) -> None:

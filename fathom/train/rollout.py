@@ -22,6 +22,8 @@ from fathom.tasks.rewards import Reward
 from fathom.tasks.task import Problem, Split, Task
 
 OPENING = "<think>"
+HEED_SECONDS = 0.1
+"""How long a rollout waits before it looks again whether it is to be given up."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Drawn:
     tokens: list[int] = field(default_factory=list)
     """All that were drawn, the end of the text included."""
     logprobs: list[float] = field(default_factory=list)
-    """The engine's own, one per token, at temperature 1."""
+    """The engine's own, one per token: at the temperature of sampling, or 1 where an endpoint drew."""
     finished: bool = False
     """Whether the model ended it; False where it ran into the token limit."""
     routes: Tensor | None = None
@@ -134,25 +136,27 @@ def held_out_problems(task: Task, levels: int, count: int, *, seed: int) -> list
     return list(found.values())[:count] if levels == 1 else list(found.values())
 
 
-def draw(engine: Engine, requests: Sequence[Request], *, retries: int) -> list[Drawn]:
+def draw(
+    engine: Engine, requests: Sequence[Request], *, retries: int, heed: Callable[[], None] = lambda: None
+) -> list[Drawn]:
     """All completions, in the order of the requests. One that fails is asked for again, `retries` times.
 
     What fails for good has a `failure`, and the others are none the worse. Raises `UserError` where all fail, and for a
-    request that cannot be served at all.
+    request that cannot be served at all. `heed` is called again and again; what it raises cancels all requests.
     """
     results = [Drawn(failure="not asked for") for _ in requests]
     for _ in range(retries + 1):
         left = [place for place, drawn in enumerate(results) if drawn.failure]
         if not left:
             break
-        for place, drawn in zip(left, _draw_once(engine, [requests[place] for place in left]), strict=True):
+        for place, drawn in zip(left, _draw_once(engine, [requests[place] for place in left], heed), strict=True):
             results[place] = drawn
     if requests and all(drawn.failure for drawn in results):
         raise UserError(f"no completion could be drawn: {results[0].failure}")
     return results
 
 
-def _draw_once(engine: Engine, requests: Sequence[Request]) -> list[Drawn]:
+def _draw_once(engine: Engine, requests: Sequence[Request], heed: Callable[[], None]) -> list[Drawn]:
     results = [Drawn() for _ in requests]
     ended = threading.Semaphore(0)
 
@@ -172,6 +176,14 @@ def _draw_once(engine: Engine, requests: Sequence[Request]) -> list[Drawn]:
 
     tickets: list[Ticket] = []
     waiting = 0
+
+    def await_one() -> None:
+        nonlocal waiting
+        heed()
+        while not ended.acquire(timeout=HEED_SECONDS):
+            heed()
+        waiting -= 1
+
     try:
         for request, drawn in zip(requests, results, strict=True):
             while True:
@@ -181,12 +193,10 @@ def _draw_once(engine: Engine, requests: Sequence[Request]) -> list[Drawn]:
                 except QueueFull:
                     if not waiting:
                         raise
-                    ended.acquire()
-                    waiting -= 1
+                    await_one()
             waiting += 1
         while waiting:
-            ended.acquire()
-            waiting -= 1
+            await_one()
     except BaseException:
         for ticket in tickets:
             ticket.cancel()
@@ -200,8 +210,17 @@ def _draw_once(engine: Engine, requests: Sequence[Request]) -> list[Drawn]:
 class Roller:
     """Draws and scores groups as a recipe says."""
 
-    def __init__(self, recipe: RLRecipe, engine: Engine, tokenizer: Tokenizer, checker: Checker) -> None:
+    def __init__(
+        self,
+        recipe: RLRecipe,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        checker: Checker,
+        heed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`heed` as in `draw`."""
         self._recipe, self._engine, self._tokenizer, self._checker = recipe, engine, tokenizer, checker
+        self._heed = heed
         self._ask = Asker(tokenizer, recipe.prompt)
         self.too_long = 0
         """Problems so far whose prompt left no room in the model's context, and were left out."""
@@ -220,7 +239,7 @@ class Roller:
             for place, prompt in enumerate(prompts)
             for sample in range(samples)
         ]
-        drawn = draw(self._engine, requests, retries=rollout.retries)
+        drawn = draw(self._engine, requests, retries=rollout.retries, heed=self._heed)
         rollouts = self.score([problem for problem in problems for _ in range(samples)], drawn)
         groups = []
         for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
@@ -252,7 +271,7 @@ class Roller:
             self._request(prompt + begun, temperature, seed_of(seed, place), thinking, bias, begin.endswith(OPENING))
             for place, prompt in enumerate(prompts)
         ]
-        drawn = draw(self._engine, requests, retries=self._recipe.rollout.retries)
+        drawn = draw(self._engine, requests, retries=self._recipe.rollout.retries, heed=self._heed)
         scored = self.score(problems, drawn, begin=begin)
         return [(p, rollout) for p, rollout in zip(problems, scored, strict=True) if rollout is not None]
 
@@ -299,6 +318,7 @@ class Roller:
             self._recipe.rollout.max_tokens,
             Sampling(temperature=temperature, seed=seed, logit_bias=bias or {}),
             logprobs=0,
+            tempered_logprobs=self._recipe.rollout.endpoint is None,
             thinking=thinking,
             starts_thinking=starts_thinking or self._recipe.prompt.opens_thought,
         )

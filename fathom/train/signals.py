@@ -22,6 +22,10 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Stopped(Exception):
+    """What was under way has been given up, because a signal asked for it."""
+
+
 class StopRequest:
     """Inside this context the first SIGTERM or SIGINT only sets `asked`; a second one ends the process at once.
 
@@ -44,10 +48,15 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def heed(self) -> None:
+        """Raise `Stopped` where that was asked for: to be called, from any thread, where work may be given up."""
+        if self.asked:
+            raise Stopped
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:
             os._exit(128 + number)
         self.asked = True
         # Not through a stream: the signal may have come in the middle of a write to it.
         cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        os.write(2, f"\nstopping ({cause}): saving after this step; once more to stop at once\n".encode())
+        os.write(2, f"\nstopping ({cause}): saving what is learnt; once more to stop at once\n".encode())

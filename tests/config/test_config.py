@@ -179,13 +179,15 @@ def test_mistake_in_the_file_is_not_blamed_on_a_flag(tmp_path: Path) -> None:
 
 
 def test_explained_recipe_reads_back(tmp_path: Path) -> None:
-    """The listing of all fields is a recipe: the same one, unset fields and awkward texts included."""
+    """The listing of all fields is a recipe: the same one, unset fields and awkward texts included. Its sentences are
+    for a terminal, without backticks."""
     awkward = ["--eval.sample_prompt", 'a\n"b"  # c', "--data.sources", '["a  b", "c"]']
     recipe = read_recipe(QUICKSTART, ["--model.preset", "deepseek-v3", *awkward])
     text = explain_recipe(recipe)
     (tmp_path / "recipe.toml").write_text(text)
     assert read_recipe(tmp_path / "recipe.toml", []) == recipe
     assert "  # Optimizer steps." in text
+    assert "`" not in text
 
 
 def test_recipe_that_is_a_folder_is_refused(tmp_path: Path) -> None:

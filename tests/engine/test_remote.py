@@ -283,7 +283,42 @@ def test_a_replay_that_draws_other_tokens_is_an_error(connect: Connect) -> None:
     endpoint = ScriptedEndpoint([FIRST, [STREAM, event(67, 66, finish="stop"), usage(), DONE]])
     outcome = run(connect(endpoint), [Request(HELLO, 9, Sampling(seed=4))])[0]
     assert (outcome.ids, outcome.last.finish_reason, outcome.last.fault) == ([65], "error", "engine")
-    assert "same seed" in outcome.last.message
+    assert "drawn anew (in a recipe rollout.retries" in outcome.last.message
+
+
+SEEDED = Request(HELLO, 9, Sampling(seed=4))
+NO_SEEDS = [plain(400, json.dumps({"error": {"message": "there is no per-request seed here", "code": 400}}))]
+
+
+def test_an_endpoint_without_seeds_is_asked_without(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """A refused seed is left out, in later requests from the start; that nothing can be drawn again is said once."""
+    endpoint = ScriptedEndpoint([NO_SEEDS, WHOLE, WHOLE])
+    engine = connect(endpoint)
+    for _ in range(2):
+        assert run(engine, [SEEDED])[0].ids == AB
+    assert ["seed" in body for body in endpoint.bodies] == [True, False, False]
+    (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "no per-request seed here; asked without a seed, so samples cannot be drawn again" in said
+
+
+def test_a_sample_without_its_seed_is_resumed(connect: Connect) -> None:
+    """Where the endpoint takes no seed, a connection that breaks off costs no token that is there."""
+    endpoint = ScriptedEndpoint([NO_SEEDS, FIRST, REST])
+    assert run(connect(endpoint), [SEEDED])[0].ids == AB
+    assert [body["prompt"] for body in endpoint.bodies] == [HELLO, HELLO, [*HELLO, 65]]
+
+
+def test_a_refusal_that_only_mentions_seeds_stands(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the request is refused without its seed as well, the seed was not at fault: seeds are still sent."""
+    refused = [plain(400, json.dumps({"error": {"message": "Seed-36B: too long", "code": 400}}))]
+    endpoint = ScriptedEndpoint([refused, refused, WHOLE])
+    engine = connect(endpoint)
+    last = run(engine, [SEEDED])[0].last
+    assert (last.finish_reason, last.fault) == ("error", "request")
+    assert "Seed-36B: too long" in last.message
+    assert run(engine, [SEEDED])[0].ids == AB
+    assert endpoint.bodies[-1]["seed"] == 4
+    assert not caplog.records
 
 
 def test_tries_are_counted_while_they_bring_nothing(connect: Connect) -> None:
@@ -349,7 +384,7 @@ DRAWN = {"tokens": ["token_id:65"], "token_logprobs": [-1.0], "top_logprobs": [{
         ([STREAM, event(65, logprobs=DRAWN | {"top_logprobs": []})], "differ in length"),
         ([STREAM, event(65, logprobs=DRAWN | {"top_logprobs": [{"A": -1.0}]})], "alternative"),
         ([STREAM, event(65, logprobs=DRAWN | {"token_logprobs": [None]})], "token_logprobs"),
-        ([plain(401, '{"error": {"message": "no\\nkey"}}')], "HTTP 401 Some Reason: no key"),
+        ([plain(401, '{"error": {"message": "no\\nkey"}}')], "HTTP 401 Some Reason: no key; give the server's key"),
         ([plain(404, '{"detail": "Not Found"}')], "HTTP 404 Some Reason: Not Found"),
         ([plain(404, "<html>nginx</html>", kind="text/html")], "HTTP 404 Some Reason"),
         ([plain(307, "", "Location: https://elsewhere/v1")], "redirects to https://elsewhere/v1"),
@@ -470,6 +505,7 @@ def test_constraints_have_vllm_s_form(kind: str, said: str, connect: Connect) ->
         (Request(["a"], 9), "prompt"),
         (Request(HELLO, 0), "max_tokens"),
         (Request(HELLO, 9, logprobs=-1), "logprobs"),
+        (Request(HELLO, 9, Sampling(temperature=0.7), logprobs=0, tempered_logprobs=True), "tempered_logprobs"),
         (Request(HELLO, 9, stop=("",)), "stop"),
         (Request(HELLO, 9, Sampling(logit_bias={1: 200.0})), "logit_bias"),
         (Request(HELLO, 9, thinking=Thinking(minimum=3)), "thinking.minimum"),
@@ -508,7 +544,7 @@ def models(*found: dict) -> bytes:
     ("answer", "settings", "words"),
     [
         (models(), {}, "it has none"),
-        (models(VLLM, VLLM | {"id": "n"}), {}, r"which model is meant \(model\); it has 'm', 'n'"),
+        (models(VLLM, VLLM | {"id": "n"}), {}, r"rollout.endpoint_model\); it has 'm', 'n'"),
         (models(VLLM), {"model": "mm"}, r"no model 'mm' \(did you mean 'm'\?\)"),
         (models({"id": "m"}), {}, "max_model_len"),
         (plain(200, "<html>", kind="text/html"), {}, "cannot be read"),
@@ -543,7 +579,7 @@ def test_the_model_and_its_context_can_be_given(connect: Connect) -> None:
 )
 def test_addresses_that_cannot_be_meant(url: str) -> None:
     """They are refused without being repeated, since there may be a password in them."""
-    with pytest.raises(UserError, match=r"^url: ") as refusal:
+    with pytest.raises(UserError, match=r"^url \(in a recipe rollout.endpoint\): ") as refusal:
         RemoteEngine(RemoteSettings(url=url), PLAIN)
     assert "sk-1" not in str(refusal.value)
 

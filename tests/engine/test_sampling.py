@@ -7,6 +7,7 @@ from torch import Tensor
 from fathom.engine.protocol import Sampling
 from fathom.engine.sampling import SamplerState, draw, probabilities, sample, speculate, token_logprobs, uniform
 from fathom.errors import UserError
+from fathom.kernels import ops
 
 VOCAB = 5000  # more than the candidates that are looked at first, and no multiple of a block
 
@@ -235,10 +236,24 @@ def test_greedy_speculation_is_argmax() -> None:
 def test_logprobs_are_the_models_own() -> None:
     """Log-softmax of the logits as they came, with alternatives in order, the token among them where it belongs."""
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
-    first, second = token_logprobs(logits, torch.tensor([2, 0]), top=2)
+    first, second = token_logprobs(logits, torch.tensor([2, 0]), 2, [1.0, 1.0])
     expected = logits.log_softmax(-1)
     assert (first.token_id, first.logprob) == (2, pytest.approx(float(expected[0, 2])))
     assert [token for token, _ in first.top] == [1, 2]
     assert second.top[0] == (0, pytest.approx(float(expected[1, 0])))
-    assert token_logprobs(logits, torch.tensor([2, 0]), top=0)[0].top == []
-    assert len(token_logprobs(logits, torch.tensor([2, 0]), top=20)[0].top) == 3
+    assert token_logprobs(logits, torch.tensor([2, 0]), 0, [1.0, 1.0])[0].top == []
+    assert len(token_logprobs(logits, torch.tensor([2, 0]), 20, [1.0, 1.0])[0].top) == 3
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_each_row_has_the_logprobs_of_its_own_temperature(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row log_softmax(logits / T), for large logits and extreme temperatures too; none is above 0."""
+    if not kernels:
+        monkeypatch.setattr(ops, "library", lambda: None)
+    temperatures = [0.7, 1.0, 1.7, 20.0, 1e-3, 1e-300]
+    logits, ids = random_logits(6, spread=30.0), torch.arange(6) * 700
+    exact = (logits.double() / torch.tensor(temperatures, dtype=torch.float64).clamp(min=1e-5)[:, None]).log_softmax(-1)
+    for found, token, row in zip(token_logprobs(logits, ids, 3, temperatures), ids, exact, strict=True):
+        assert found.logprob == pytest.approx(row[token].item(), rel=2e-7, abs=1e-5)
+        assert [value for _, value in found.top] == pytest.approx(row.topk(3).values.tolist(), rel=2e-7, abs=1e-5)
+        assert all(value <= 1e-6 for _, value in found.top)

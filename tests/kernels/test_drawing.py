@@ -43,7 +43,8 @@ def test_a_row_of_no_numbers_names_a_token_that_exists() -> None:
 @pytest.mark.parametrize("vocab", [1, 17, 64, 1000])
 @pytest.mark.parametrize("shift", [-1000.0, 0.0, 1000.0])
 def test_log_sums_are_those_of_float64(vocab: int, shift: float) -> None:
-    """log Σ e^logits is right to float32's last places, for logits of any size."""
+    """log Σ e^(logits · inverse) is right to float32's last places, for logits of any size, each row by its own."""
     torch.manual_seed(vocab)
-    logits = torch.randn(7, vocab) * 5 + shift
-    torch.testing.assert_close(ops.log_sum_exp(logits), logits.double().logsumexp(-1), rtol=0, atol=2e-6)
+    logits, inverse = torch.randn(7, vocab) * 5 + shift, torch.tensor([1.0, 0.5, 2.0, 1 / 0.7, 1.0, 0.1, 1.0])
+    exact = (logits.double() * inverse.double()[:, None]).logsumexp(-1)
+    torch.testing.assert_close(ops.log_sum_exp(logits, inverse), exact, rtol=0, atol=2e-6)

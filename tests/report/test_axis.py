@@ -27,7 +27,7 @@ def test_a_number_is_short(value: float, said: str) -> None:
 
 
 @pytest.mark.parametrize("axis", [Axis("a"), Axis("a", log=True), Axis("a", percent=True, least=0, most=1)])
-def test_every_value_lies_between_the_outer_ticks(axis: Axis) -> None:
+def test_every_value_lies_on_the_axis(axis: Axis) -> None:
     """Whatever the values are, they are on the page, in their order, and the labels of ticks differ."""
     draw = random.Random(5)
     for _ in range(300):
@@ -48,6 +48,17 @@ def test_a_flat_line_has_an_axis() -> None:
         for value in (0.0, 3.0, -2.0):
             assert math.isfinite(scale(axis, [value, value], 200, 20)(value))
     assert scale(Axis("a", log=True), [10.0], 200, 20)(10.0) == pytest.approx(200)
+    nothing = scale(Axis("a", percent=True, least=0), [0.0, 0.0], 200, 20)
+    assert [label for _, label in nothing.ticks] == ["0.0 %", "0.2 %", "0.4 %", "0.6 %", "0.8 %", "1.0 %"]
+
+
+def test_a_logarithmic_axis_leaves_no_decade_empty() -> None:
+    """However many decades there are, values reach into the lowest and the highest one."""
+    for decades in range(1, 30):
+        found = scale(Axis("a", log=True), [2e-9, 2e-9 * 10.0 ** (decades - 1)], 200, 20)
+        assert found.low == pytest.approx(1e-9)
+        assert found.high == pytest.approx(1e-9 * 10.0**decades)
+        assert 2 <= len(found.ticks) <= 7
 
 
 def test_steps_are_whole_numbers() -> None:

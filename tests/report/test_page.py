@@ -105,7 +105,7 @@ def test_pretraining_is_told(tmp_path: Path) -> None:
     lines += [_evaluation(2, loss=3.0, mtp_acceptance=0.5), _evaluation(3, loss=1.25), _evaluation(4, loss=2.0)]
     page = _page(_run(tmp_path / "r", PRETRAIN, lines))
     rows = _table(page, "First, best and last evaluation")
-    assert rows[0] == ["held out", "first, step 2", "best by loss, step 3", "last, step 4"]
+    assert rows[0] == ["held out", "first, step\xa02", "best by loss, step\xa03", "last, step\xa04"]
     assert rows[1] == ["loss, nats per token", "3", "1.25", "2"]
     assert rows[2] == ["drafts accepted", "50.0 %", "–", "–"]
     assert _figures(page) == ["Bits per byte", "Drafts accepted", "Expert load: MaxVio", "Speed", "Learning rate"]
@@ -183,6 +183,8 @@ def test_the_recipe_names_what_was_changed(tmp_path: Path) -> None:
     assert {"name", "model", "task.name", "train.steps"} <= changed
     assert not {"seed", "optimizer.lr", "optimizer.weight_decay"} & changed
     assert {"optimizer.lr", "seed"} <= {row[0] for row in _table(page, "All fields")}
+    assert "<code>modular</code>" in page
+    assert "`" not in page
     rows = {row[0]: row for row in _table(_page(_run(tmp_path / "p", PRETRAIN, [])), "All fields")}
     assert rows["optimizer.lr"] == ["optimizer.lr", "0.5", "0.00022", "Peak learning rate."]
     assert rows["from_another_version.what"][:2] == ["from_another_version.what", "ever"]

@@ -62,7 +62,7 @@ def test_every_row_is_computed_by_the_experts_of_its_own_token() -> None:
     for replay in (True, False):
         learner = stub(model, replay_routes=replay)
         piece = module._piece([(group, 0) for group in groups()], learner)
-        logprobs, _ = module._logprobs(model, piece, learner)
+        logprobs, _ = module._Scorer.of(model, learner.recipe)(piece)
         torch.testing.assert_close(logprobs, logprobs_alone(model, replayed=replay), rtol=0, atol=1e-4)
     assert (logprobs_alone(model, replayed=True) - logprobs_alone(model, replayed=False)).abs().max() > 0.01
 

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from rich.console import Console
 import fathom.train.rl as module
 from fathom.config.rl import RLRecipe
 from fathom.data import Tokenizer, train_bpe
-from fathom.engine.protocol import Chunk, Request, Usage
 from fathom.errors import UserError
 from fathom.model.checkpoint import save_model
 from fathom.model.transformer import Transformer
@@ -25,7 +24,6 @@ from fathom.tasks.catalogue import open_task
 from fathom.train import learner
 from fathom.train.metrics import read_metrics
 from fathom.train.rl import train_rl
-from fathom.train.rollout import draw, draw_problems, held_out_problems
 from fathom.train.run import RunResult
 from tests.train.tiny import MODEL
 
@@ -55,6 +53,16 @@ class Raises(Odd):
 class NotANumber(Odd):
     def check(self, problem, answer):
         return float("nan")
+
+
+class HalfHopeless(Odd):
+    def check(self, problem, answer):
+        return super().check(problem, answer) * (int(problem.question.partition(":")[0]) % 2)
+
+
+class Few(Odd):
+    def problem(self, random, level):
+        return Problem(f"{random.randrange(20)}", level=level)
 '''
 
 
@@ -142,6 +150,50 @@ def test_a_resumed_run_is_the_unbroken_one(
     assert lines(resumed) == lines(unbroken)
 
 
+MOMENTS = {
+    # Which call of which method, and the steps that are finished then.
+    "the first evaluation": ("measure", 1, 0),
+    "the probe": ("measure", 3, 0),
+    "the first rollout": ("groups", 1, 0),
+    "a rollout": ("groups", 4, 3),
+    "an evaluation": ("measure", 4, 3),
+    "the last evaluation": ("measure", 5, 4),
+}
+
+
+@pytest.mark.parametrize(("method", "call", "steps"), MOMENTS.values(), ids=MOMENTS.keys())
+def test_a_signal_cuts_short_what_only_draws(
+    recipe: RLRecipe, method: str, call: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollout or evaluation that a signal came into leaves nothing behind; what was learnt before is saved, and the
+    resumed run is the unbroken one: weights, metrics, samples."""
+    recipe = changed(recipe, {"checkpoint": {"every": 99}, "eval": {"every": 3}})
+    unbroken, _ = run(recipe, tmp_path / "one")
+    counter, original = itertools.count(1), getattr(module.Roller, method)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(counter) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(module.Roller, "score", None)  # cut before anything of it can be scored
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module.Roller, method, interrupted)
+    halted, said = run(recipe, tmp_path / "two")
+    assert (halted.interrupted, halted.step) == (True, steps)
+    assert f"stopped at step {steps}; go on with: " in said
+    assert (halted.checkpoint and halted.checkpoint.name) == (f"step_{steps:08d}" if steps else None)
+    assert max((line["step"] for line in lines(halted)), default=0) == steps
+    assert (("eval", steps) in {(line["kind"], line["step"]) for line in lines(halted)}) == (method == "groups")
+    monkeypatch.undo()
+    resumed, _ = run(recipe, tmp_path / "two", resume=True)
+    assert not resumed.interrupted
+    assert weights(resumed) == weights(unbroken)
+    assert lines(resumed) == lines(unbroken)
+    samples = [(result.folder / "samples.md").read_text() for result in (unbroken, resumed)]
+    assert samples[0] == samples[1]
+    assert [f"## Step {step}\n" in samples[0] for step in range(5)] == [True, False, False, True, True]
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Have SIGTERM come during that step."""
     counter = itertools.count(1)
@@ -220,32 +272,6 @@ def test_a_step_that_is_no_number_changes_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-class Unreliable:
-    """An engine that fails the requests it is told to."""
-
-    context = 100
-
-    def __init__(self, fails: Callable[[int], bool]) -> None:
-        self._fails, self._count = fails, itertools.count()
-
-    def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> None:
-        failed = self._fails(next(self._count))
-        ids = [] if failed else [5, 1]
-        reason = "error" if failed else "stop"
-        deliver(Chunk("answer", "", ids, None, Usage(), reason, "gone" if failed else ""))
-
-
-def test_a_failed_completion_is_asked_for_again() -> None:
-    """Requests that fail are drawn again, the others are not; what fails for good is named and costs no other."""
-    requests = [Request([1], 4) for _ in range(3)]
-    drawn = draw(Unreliable(lambda n: n == 1), requests, retries=1)
-    assert [one.tokens for one in drawn] == [[5, 1]] * 3
-    drawn = draw(Unreliable(lambda n: n >= 1), requests, retries=1)
-    assert [one.failure for one in drawn] == ["", "gone", "gone"]
-    with pytest.raises(UserError, match="gone"):
-        draw(Unreliable(lambda n: True), requests, retries=2)
-
-
 def test_an_endpoint_that_goes_away_costs_no_step(
     recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,29 +300,22 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_written(reci
     assert not (tmp_path / "runs").exists()
 
 
-def test_training_and_held_out_problems_never_meet() -> None:
-    """No held-out problem is drawn for training, whatever seed and level; neither has one twice."""
-    task = open_task("modular")
-    held = held_out_problems(task, 3, 30, seed=1)
-    train = [p for seed in range(5) for p in draw_problems(task, "train", 3, 40, seed=seed)]
-    assert not {p.question for p in held} & {p.question for p in train}
-    assert len({p.question for p in held}) == len(held) == 30
-    assert {p.level for p in held} == {1, 2, 3}
-
-
 def test_the_best_model_is_kept(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`best` holds the one model folder of the evaluation with the highest pass@1, and it opens."""
     scores = iter([0.1, 0.4, 0.2])
-    monkeypatch.setattr(module, "_evaluate", lambda *a, **k: {"pass@1": next(scores), "accuracy": 0.0})
+    monkeypatch.setattr(module, "_evaluate", lambda *a, **k: ({"pass@1": next(scores), "accuracy": 0.0}, []))
     result, _ = run(changed(recipe, {"eval": {"probe": False}}), tmp_path)
     (best,) = (result.folder / "best").iterdir()
     assert best.name == "step_00000002"
     module.load(best, dtype="float32")
 
 
-def test_every_step_is_measured(recipe: RLRecipe, tmp_path: Path) -> None:
-    """The metrics that tell learning from gaming are there for every step, and the engine agrees with the trainer."""
-    result, _ = run(recipe, tmp_path)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_step_is_measured(recipe: RLRecipe, temperature: float, tmp_path: Path) -> None:
+    """The metrics that tell learning from gaming are there for every step, and the engine agrees with the trainer, at
+    any temperature."""
+    loss = {"sampler_correction": "truncate"}
+    result, _ = run(changed(recipe, {"rollout": {"temperature": temperature}, "loss": loss}), tmp_path)
     for line in lines(result):
         if line["kind"] == "train":
             assert {"accuracy", "format", "entropy", "kl_sampler", "thought_tokens", "truncated", "reflections"} <= set(
@@ -306,7 +325,55 @@ def test_every_step_is_measured(recipe: RLRecipe, tmp_path: Path) -> None:
             assert line["sampler_gap_max"] < 1e-4
     first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert {"pass@1", "probe_thinking", "probe_guessing"} <= set(first)
-    assert (result.folder / "samples.md").read_text().count("## Step") >= 2
+    assert (result.folder / "samples.md").read_text().count("## Step") == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "tag", "why"),
+    [
+        ({"prompt": {"opens_thought": True}}, [5], "the prompt opens the thought"),
+        ({}, [5, 6], "<think> is no token to be forbidden"),
+    ],
+)
+def test_a_probe_that_cannot_be_made_says_why(recipe: RLRecipe, changes: dict, tag: list[int], why: str) -> None:
+    """Where the base cannot be made to think and to guess nothing is drawn, and one line has the reason."""
+    tokenizer = SimpleNamespace(encode=lambda text, special: tag)
+    said: list[str] = []
+    assert module._probe(None, changed(recipe, changes), [], tokenizer, said.append) == {}
+    (line,) = said
+    assert why in line
+
+
+def test_missing_updates_are_said_once(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
+    """With as many mini-batches as groups, those without anything to learn make no update: it is counted at every step,
+    and said at the first."""
+    changes = {
+        "task": {"name": f"{start / 'rules.py'}:HalfHopeless"},
+        "train": {"mini_batches": 4},
+        "eval": {"probe": False},
+    }
+    result, said = run(changed(recipe, changes), tmp_path)
+    trained = [line for line in lines(result) if line["kind"] == "train"]
+    assert [line["updates"] for line in trained] == [round(4 * (1 - line["uninformative"])) for line in trained]
+    assert sum(line["updates"] < 4 for line in trained) > 1
+    assert said.count("mini-batches (train.mini_batches) had something to learn from") == 1
+
+
+@pytest.mark.parametrize("resample", [0, 1])
+def test_a_task_with_few_problems_says_how_many(recipe: RLRecipe, start: Path, resample: int, tmp_path: Path) -> None:
+    """A step that finds fewer different problems than it is to ask goes on with those, counts them, says so once."""
+    task = open_task(name := f"{start / 'rules.py'}:Few")
+    known = {problem.question for problem in itertools.islice(task.problems("train"), 200)}
+    changes = {
+        "task": {"name": name, "levels": 1},
+        "rollout": {"problems": 30, "samples": 2, "resample": resample},
+        "train": {"steps": 2},
+        "eval": {"probe": False, "problems": 1},
+    }
+    result, said = run(changed(recipe, changes), tmp_path)
+    assert [line["problems"] for line in lines(result) if line["kind"] == "train"] == [len(known)] * 2
+    assert said.count("different problems") == 1
+    assert f"has given {len(known)} different problems where 30 were wanted" in said
 
 
 def test_a_reference_wanted_later_is_taken_then(
@@ -353,10 +420,10 @@ def test_whatever_ends_a_run_costs_no_step(recipe: RLRecipe, tmp_path: Path, mon
     """An error that nobody expected, in the last evaluation, leaves a checkpoint of the last step."""
     calls = itertools.count()
 
-    def fails(*_: Any, **__: Any) -> dict[str, float]:
+    def fails(*_: Any, **__: Any) -> tuple[dict[str, float], list]:
         if next(calls) == 2:
             raise MemoryError
-        return {"pass@1": 0.0, "accuracy": 0.0}
+        return {"pass@1": 0.0, "accuracy": 0.0}, []
 
     monkeypatch.setattr(module, "_evaluate", fails)
     with pytest.raises(MemoryError):
@@ -377,7 +444,10 @@ def test_an_overwritten_run_leaves_no_best_model(recipe: RLRecipe, tmp_path: Pat
     ("changes", "message"),
     [
         ({"eval": {"budgets": (-1,)}}, "budgets"),
-        ({"rollout": {"temperature": 0.7}, "loss": {"sampler_correction": "truncate"}}, "temperature"),
+        (
+            {"rollout": {"temperature": 0.7, "endpoint": "http://x"}, "loss": {"sampler_correction": "truncate"}},
+            "needs rollout.temperature = 1",
+        ),
         ({"train": {"mini_batches": 3}}, "mini_batches"),
         ({"task": {"start": 3}}, "start"),
         ({"prompt": {"template": "no question"}}, "question"),
