@@ -16,12 +16,12 @@ from torch import Tensor
 from fathom.config.rl import PromptSection, RLRecipe
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.protocol import Chunk, Engine, QueueFull, Request, Sampling, Thinking, Ticket
+from fathom.engine.thinking import OPENING, find_think_tags
 from fathom.errors import UserError
 from fathom.tasks.checker import Checker, Sample
 from fathom.tasks.rewards import Reward
 from fathom.tasks.task import Problem, Split, Task
 
-OPENING = "<think>"
 HEED_SECONDS = 0.1
 """How long a rollout waits before it looks again whether it is to be given up."""
 
@@ -222,12 +222,18 @@ class Roller:
         self._recipe, self._engine, self._tokenizer, self._checker = recipe, engine, tokenizer, checker
         self._heed = heed
         self._ask = Asker(tokenizer, recipe.prompt)
+        self._marks_thoughts = find_think_tags(tokenizer, tokenizer.vocab_size) is not None
         self.too_long = 0
         """Problems so far whose prompt left no room in the model's context, and were left out."""
         if recipe.rollout.max_tokens >= engine.context:
             raise UserError(
                 f"rollout.max_tokens = {recipe.rollout.max_tokens}, but prompt and completion together have "
                 f"{engine.context} tokens at most in this model"
+            )
+        if recipe.eval.budgets and not self._marks_thoughts:
+            raise UserError(
+                "eval.budgets: thoughts can be cut short only where <think> and </think> are tokens of the vocabulary, "
+                "which this model has not; leave it out"
             )
 
     def groups(self, problems: Sequence[Problem], samples: int, *, seed: int) -> list[Group]:
@@ -320,5 +326,6 @@ class Roller:
             logprobs=0,
             tempered_logprobs=self._recipe.rollout.endpoint is None,
             thinking=thinking,
-            starts_thinking=starts_thinking or self._recipe.prompt.opens_thought,
+            # Where the tags are ordinary text, the engine does not tell thoughts from the rest, and need not.
+            starts_thinking=self._marks_thoughts and (starts_thinking or self._recipe.prompt.opens_thought),
         )

@@ -344,6 +344,38 @@ def test_a_probe_that_cannot_be_made_says_why(recipe: RLRecipe, changes: dict, t
     assert why in line
 
 
+@pytest.fixture
+def tags_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vocabulary has think tags as tokens, as most that were made before R1."""
+    for room in ("train.rollout", "engine.engine"):
+        monkeypatch.setattr(f"fathom.{room}.find_think_tags", lambda *_: None)
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.usefixtures("tags_are_text")
+def test_a_model_whose_think_tags_are_text_runs_all_the_same(recipe: RLRecipe, opens: bool, tmp_path: Path) -> None:
+    """It is probed as any other where its answers have a mark, and its prompt may open the thought."""
+    changes = {"rewards": {"layout": {"form": "line"}}, "prompt": {"opens_thought": opens}, "train": {"steps": 1}}
+    result, _ = run(changed(recipe, changes), tmp_path)
+    assert result.step == 1
+    assert ("probe_thinking" in lines(result)[0]) is not opens
+
+
+@pytest.mark.usefixtures("tags_are_text")
+def test_thoughts_that_cannot_be_cut_short_are_refused_before_the_first_step(recipe: RLRecipe, tmp_path: Path) -> None:
+    """Budgets for a model without think tags are refused by the field's name, and not after hours."""
+    with pytest.raises(UserError, match=r"eval\.budgets: .* leave it out"):
+        run(changed(recipe, {"eval": {"budgets": (0, 8)}}), tmp_path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_fewer_held_out_problems_than_wanted_are_said(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
+    """A task that has only so many different problems: the run says how many it measures with."""
+    task = {"task": {"name": f"{start / 'rules.py'}:Few", "levels": 1}}
+    _, said = run(changed(recipe, task | {"eval": {"problems": 60}, "train": {"steps": 1}}), tmp_path)
+    assert "different held-out problems were found where eval.problems = 60" in " ".join(said.split())
+
+
 def test_missing_updates_are_said_once(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
     """With as many mini-batches as groups, those without anything to learn make no update: it is counted at every step,
     and said at the first."""
