@@ -1,10 +1,12 @@
 """The published losses on one small task: held-out pass@1 before and after, several seeds each.
 
-    python -m benchmarks.rl_ablations [--presets r1 dapo dr_grpo gspo] [--seeds 1 2 3] [--steps 100]
+    python -m benchmarks.rl_ablations [--presets r1 dapo dr_grpo gspo] [--seeds 1 2 3] [--steps 100] [--resume]
 
 Every run is `recipes/zero-arithmetic.toml` (its base: `fathom pretrain recipes/zero-base.toml`) with another
-`loss.preset`; all else is equal, dynamic sampling included where the paper has it (DAPO). Runs are written to
-`runs/ablation-rl-PRESET-SEED`. The last line is JSON; `ratio` is the best preset's gain over plain R1 settings' gain.
+`loss.preset`, and with four updates to a rollout: with a single one every ratio is 1, and neither clipping nor the kind
+of ratio, in which the losses differ most, has anything to say. Dynamic sampling is included where the paper has it
+(DAPO). Runs are written to `runs/ablation-rl-PRESET-SEED`; with `--resume`, those that are there are gone on with, or
+read where they are complete. The last line is JSON; `ratio` is the best preset's gain over plain R1 settings' gain.
 """
 
 import argparse
@@ -23,12 +25,14 @@ from fathom.train.rl import train_rl
 RECIPE = Path("recipes/zero-arithmetic.toml")
 
 
-def run(preset: str, seed: int, steps: int, more: list[str]) -> dict[str, float]:
+def run(preset: str, seed: int, steps: int, resume: bool, more: list[str]) -> dict[str, float]:
     """pass@1, length of thought and seconds of one run."""
     overrides = ["--loss.preset", preset, "--seed", str(seed), "--train.steps", str(steps)]
-    overrides += ["--name", f"ablation-rl-{preset}-{seed}", "--eval.every", str(steps), "--eval.probe", "false"]
+    name = f"ablation-rl-{preset}-{seed}"
+    overrides += ["--name", name, "--train.mini_batches", "4", "--eval.every", str(steps), "--eval.probe", "false"]
     overrides += ["--eval.budgets", "[]", *(["--rollout.resample", "2"] if preset == "dapo" else []), *more]
-    result = train_rl(read_recipe(RECIPE, overrides, RLRecipe), overwrite=True, console=Console(quiet=True))
+    recipe, begun = read_recipe(RECIPE, overrides, RLRecipe), Path("runs", name).exists()
+    result = train_rl(recipe, resume=resume and begun, overwrite=not resume, console=Console(quiet=True))
     lines = read_metrics(result.folder / "metrics.jsonl")
     measured = [line for line in lines if line["kind"] == "eval"]
     steps_made = [line for line in lines if line["kind"] == "train"]
@@ -46,12 +50,13 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["r1", "dapo", "dr_grpo", "gspo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--resume", action="store_true", help="go on with runs that are there")
     options, more = parser.parse_known_args()
     found: dict[str, list[dict[str, float]]] = {}
     print(f"{'preset':10} {'seed':>4} {'before':>7} {'after':>7} {'thought':>8} {'seconds':>8}")
     for preset in options.presets:
         for seed in options.seeds:
-            values = run(preset, seed, options.steps, more)
+            values = run(preset, seed, options.steps, options.resume, more)
             found.setdefault(preset, []).append(values)
             print(
                 f"{preset:10} {seed:4} {values['before']:7.3f} {values['after']:7.3f} {values['thought_tokens']:8.1f} "

@@ -74,13 +74,18 @@ def logprobs_and_entropy(
         Both float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if the shapes do not fit together or the temperature is not positive.
+        ValueError: if the shapes do not fit together, a target is no word, or the temperature is not positive.
     """
     weight = head.weight
     if hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"logprobs_and_entropy: shapes do not fit: hidden {hidden.shape}, weight {weight.shape}, "
             f"targets {targets.shape}"
+        )
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
+        raise ValueError(
+            f"logprobs_and_entropy: targets must be in 0..{len(weight) - 1}, not {int(targets.min())} to "
+            f"{int(targets.max())}"
         )
     if not temperature > 0:
         raise ValueError(f"logprobs_and_entropy: the temperature must be positive, not {temperature}")

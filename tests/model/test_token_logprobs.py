@@ -139,10 +139,22 @@ def test_a_row_that_is_no_number_stays_none(dtype):
     assert logprobs.isnan().nonzero().tolist() == entropy.isnan().nonzero().tolist() == [[3]]
 
 
-def test_unfit_shapes_and_temperatures_are_refused():
-    """A head of another width and temperature 0 are refused with what was given in the message."""
+def test_unfit_shapes_targets_and_temperatures_are_refused():
+    """A head of another width, words that there are not and temperature 0 are refused with what was given."""
     hidden, weight, targets = make_inputs()
     with pytest.raises(ValueError, match="shapes do not fit"):
         ours(hidden, weight[:, :-1], targets)
     with pytest.raises(ValueError, match=r"must be positive, not 0\.0"):
         ours(hidden, weight, targets, temperature=0.0)
+    for word in (50, -1):
+        with pytest.raises(ValueError, match=rf"targets must be in 0\.\.49, not .*{word}"):
+            ours(hidden, weight, targets.masked_fill(targets == targets[0], word))
+
+
+def test_no_tokens_have_no_logprobs():
+    """An empty batch gives empty results and gradients of zero."""
+    hidden, weight, targets = make_inputs(S=0)
+    logprobs, entropy = ours(hidden, weight, targets)
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert not weight.grad.any()
