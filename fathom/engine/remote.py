@@ -65,12 +65,15 @@ class RemoteTicket:
 class RemoteEngine:
     """A model behind an endpoint that answers requests (`protocol.Engine`)."""
 
-    def __init__(self, settings: RemoteSettings, tokenizer: Tokenizer) -> None:
-        """`tokenizer` is the served model's. Waits until the endpoint has said what it serves, trying again as with
-        requests. Raises `UserError` when it does not, or has no such model, and without the extra `remote`.
+    def __init__(self, settings: RemoteSettings, tokenizer: Tokenizer, *, vocab_size: int | None = None) -> None:
+        """`tokenizer` is the served model's; `vocab_size` that model's own, where tokens without a text fill it up.
+
+        Waits until the endpoint has said what it serves, trying again as with requests. Raises `UserError` when it
+        does not, or has no such model, and without the extra `remote`.
         """
         self._settings, self._tokenizer = settings, tokenizer
         self._tags = find_think_tags(tokenizer, tokenizer.vocab_size)
+        self._vocab_size = vocab_size or tokenizer.vocab_size
         self._endpoint = Endpoint(settings)
         self._connections = asyncio.Semaphore(settings.connections)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,7 +100,8 @@ class RemoteEngine:
         Raises `UserError` for a request that cannot be served, and `QueueFull` once the engine is closed. What only the
         endpoint knows (its vocabulary, its bounds) it refuses later, in a chunk with `fault` "request".
         """
-        job = Job(self._checked(request), deliver, self._account, self._tokenizer, self._tags, self._model)
+        parts = self._tokenizer, self._tags, self._model, self._vocab_size
+        job = Job(self._checked(request), deliver, self._account, *parts)
         with self._changed:  # so that nothing is begun behind the end of the loop
             if self._closing:
                 raise QueueFull("the engine is shutting down; try another one")

@@ -28,6 +28,7 @@ class Job:
         tokenizer: Tokenizer,
         tags: ThinkTags | None,
         model: ServedModel,
+        vocab_size: int,
     ) -> None:
         """`on_last` is called before the last chunk is delivered.
 
@@ -40,7 +41,7 @@ class Job:
         self.cached = 0
         """Of the prompt, how many the endpoint found in its cache, if it says so."""
         self._deliver, self._on_last = deliver, on_last
-        self._model = model.id
+        self._model, self._vocab_size = model.id, vocab_size
         # The endpoint keeps the bounds on thoughts. Here it is only read which tokens are thoughts.
         self._output = OutputStream(tokenizer, replace(request, thinking=None), tags)
         # vLLM would find a stop string in thoughts as well, so where there may be thoughts, it is only looked for here.
@@ -167,6 +168,11 @@ class Job:
 
     def _draw(self, choice: Choice, where: str) -> None:
         ids = choice.token_ids or []
+        if unknown := [token for token in ids if token >= self._vocab_size]:
+            raise Refused(
+                f"{where}: has drawn token {unknown[0]}, but this model's vocabulary has {self._vocab_size}; serve the "
+                "very model that asks, or name it (in a recipe rollout.endpoint_model)"
+            )
         logprobs = self._logprobs(ids, choice.logprobs, where)
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.over:  # an endpoint that draws several tokens at once, beyond a stop string that only we know

@@ -136,6 +136,12 @@ def _train(
                 log.write_sample(progress.step, problem.question, _sample(rollout))
             log.write("eval", progress.step, evaluation | {"seconds": time.perf_counter() - began})
             display.say(f"step {progress.step}: held out  {_told(evaluation)}")
+            if roller.too_long:
+                display.say_once(
+                    "too long",
+                    f"{roller.too_long} problems so far had prompts that leave no room for rollout.max_tokens = "
+                    f"{recipe.rollout.max_tokens} in this model's context, and were left out; lower it or the level",
+                )
             if evaluation["pass@1"] > best:
                 best = evaluation["pass@1"]
                 if progress.step:  # at the start it is the model that training begins with
@@ -219,7 +225,14 @@ def _roll_out(learner: Learner, roller: Roller, task: Task, display: Display) ->
         kept += [group for group in groups if group.informative] if recipe.rollout.resample else groups
         if len(kept) >= wanted:
             break
-    if drawn and not any(group.informative for group in drawn):
+    faults = [rollout.reward.fault for group in drawn for rollout in group.rollouts if rollout.reward.fault]
+    if faults:
+        display.say_once(
+            "faults",
+            f"step {step + 1}: {len(faults)} checks of task {recipe.task.name} failed, and count as wrong answers; the "
+            f"first: {faults[0]}",
+        )
+    elif drawn and not any(group.informative for group in drawn):
         display.say(
             f"step {step + 1}: all rewards of every group are equal, so there is nothing to learn from; easier or "
             "harder levels (task.levels), more rollout.samples or rollout.resample may help"
@@ -268,7 +281,7 @@ def _engine(learner: Learner) -> Any:
             model=recipe.rollout.endpoint_model,
             api_key_env=recipe.rollout.endpoint_key_env,
         )
-        return RemoteEngine(settings, learner.tokenizer)
+        return RemoteEngine(settings, learner.tokenizer, vocab_size=learner.model.config.vocab_size)
     return Engine(learner.model, learner.tokenizer, engine_settings(recipe, learner.model.config))
 
 

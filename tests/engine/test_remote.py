@@ -374,6 +374,7 @@ DRAWN = {"tokens": ["token_id:65"], "token_logprobs": [-1.0], "top_logprobs": [{
         ([STREAM, b"\xff\xfe\x00garbage\n"], "no stream of events"),
         ([STREAM, event(-1)], "token_ids"),
         ([STREAM, event(2**40)], "token_ids"),
+        ([STREAM, event(2**30)], "has drawn token 1073741824, but this model's vocabulary has"),
         ([plain(200, "<html>" * 100, kind="text/html")], "answered with 'text/html'"),
         ([plain(200, "{}")], "answered with 'application/json'"),
         ([STREAM, b'data: {"choices": [{"text": "A"}]}\n\n'], "'return_token_ids'"),

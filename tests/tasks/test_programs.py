@@ -227,7 +227,7 @@ def test_without_bubblewrap_the_check_says_so(monkeypatch: pytest.MonkeyPatch) -
     use_sandbox()
     monkeypatch.setattr(shutil, "which", lambda *_: None)
     problem = function_problem("", [(1,)], [1])
-    with pytest.raises(UserError, match="--sandbox none"):
+    with pytest.raises(UserError, match=r"--task\.sandbox none"):
         Programs().check(problem, "def f(x): return x")
 
 

@@ -627,9 +627,9 @@ def test_ctrl_c_does_not_reach_the_workers() -> None:
 
 
 def test_without_bubblewrap_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `bwrap` is missing the sandbox refuses, and says how to get it and what --sandbox none means."""
+    """Where `bwrap` is missing the sandbox refuses, and says how to get it and what task.sandbox = none means."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"install.*--sandbox none.*unprotected"):
+    with pytest.raises(UserError, match=r"install.*--task\.sandbox none.*unprotected"):
         Sandbox(SMALL)
 
 
@@ -643,7 +643,7 @@ def test_a_bubblewrap_that_fails_is_an_error_of_one_line(tmp_path: Path, monkeyp
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    with pytest.raises(UserError, match=r"No permissions to create new namespace.*--sandbox none") as caught:
+    with pytest.raises(UserError, match=r"No permissions to create new namespace.*--task\.sandbox none") as caught:
         Sandbox(SMALL, workers=2)
     assert "\n" not in str(caught.value)
     assert list(scratch.iterdir()) == []
@@ -661,7 +661,7 @@ def test_a_system_that_forbids_what_a_child_needs_is_told_at_once(
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UserError, match=r"not even a trivial program runs.*--sandbox none"):
+    with pytest.raises(UserError, match=r"not even a trivial program runs.*--task\.sandbox none"):
         Sandbox(SMALL, workers=1)
 
 

@@ -250,12 +250,19 @@ def test_equal_rewards_teach_nothing_and_are_said(recipe: RLRecipe, start: Path,
 
 @pytest.mark.parametrize("task", ["Raises", "NotANumber"])
 def test_a_broken_check_scores_zero_and_is_counted(recipe: RLRecipe, start: Path, task: str, tmp_path: Path) -> None:
-    """A check that raises, or gives no number, ends no run: its answers score 0 and the faults are in the metrics."""
-    result, _ = run(changed(recipe, {"task": {"name": f"{start / 'rules.py'}:{task}"}}), tmp_path)
+    """A check that raises, or gives no number, ends no run: its answers score 0, and the first fault is said, once.
+
+    The faults are in the metrics, and no advice is given that would only help with a check that works.
+    """
+    result, said = run(changed(recipe, {"task": {"name": f"{start / 'rules.py'}:{task}"}}), tmp_path)
     assert result.step == 4
     found = [line for line in lines(result) if line["kind"] == "train"]
     assert all(line["reward"] == 0 for line in found)
     assert any(line["faults"] > 0 for line in found)
+    assert (
+        said.count(f"checks of task {start / 'rules.py'}:{task} failed, and count as wrong answers; the first: ") == 1
+    )
+    assert "easier or harder levels" not in said
 
 
 def test_a_step_that_is_no_number_changes_nothing(
