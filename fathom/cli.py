@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import fathom
-from fathom.errors import UserError, nearest
+from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.options import add_model, open_for_text, open_model, positive, say_opening
 from fathom.serve.command import add_service, serve
 from fathom.tasks.command import add_tasks
@@ -75,7 +75,7 @@ def _guarded(words: list[str], *, debug: bool) -> int:
         return 2
     except KeyboardInterrupt:
         print("fathom: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`| head`), which is no failure.
         _discard_output()
@@ -175,6 +175,10 @@ def _recipe_kind(name: str) -> "type[Recipe]":
         from fathom.config.rl import RLRecipe
 
         return RLRecipe
+    if name == "sft":
+        from fathom.config.sft import SFTRecipe
+
+        return SFTRecipe
     from fathom.config import PretrainRecipe
 
     return PretrainRecipe
@@ -208,7 +212,8 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     pretrained = verb("pretrain", _pretrain, "train a model from a recipe", overrides="pretrain")
     learnt = verb("rl", _rl, "teach a model by rewards that a rule gives, as R1-Zero was", overrides="rl")
-    for run in (pretrained, learnt):
+    tuned = verb("sft", _sft, "teach a model to say what conversations say", overrides="sft")
+    for run in (pretrained, learnt, tuned):
         run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
         run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
         run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
@@ -312,9 +317,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     if options.dry_run:
         dry_run(recipe)
-    else:
-        pretrain(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
-    return 0
+        return 0
+    result = pretrain(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
+    return INTERRUPTED if result.interrupted else 0
 
 
 def _rl(options: argparse.Namespace) -> int:
@@ -326,12 +331,26 @@ def _rl(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides, RLRecipe)
     if options.dry_run:
         dry_run(recipe)
-    else:
-        result = train_rl(
-            recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
-        )
-        _add_report(result.folder)
-    return 0
+        return 0
+    result = train_rl(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
+    _add_report(result.folder)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from fathom.config import read_recipe
+    from fathom.config.sft import SFTRecipe
+    from fathom.train.sft import train_sft
+    from fathom.train.sft_estimate import dry_run
+
+    recipe = read_recipe(options.recipe, options.overrides, SFTRecipe)
+    if options.dry_run:
+        dry_run(recipe)
+        return 0
+    result = train_sft(
+        recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
+    )
+    return INTERRUPTED if result.interrupted else 0
 
 
 def _add_report(run: Path) -> None:

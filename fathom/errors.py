@@ -1,7 +1,10 @@
-"""The one exception that a person, not a programmer, is meant to read."""
+"""The one exception that a person, not a programmer, is meant to read; and the exit code of what a person stopped."""
 
 import difflib
 from collections.abc import Iterable, Mapping
+
+INTERRUPTED = 130
+"""Exit code, as a shell's, of a command that a person stopped: what `&&` joins to it does not begin."""
 
 
 class UserError(Exception):

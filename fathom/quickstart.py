@@ -8,7 +8,7 @@ import fathom
 from fathom.config import PretrainRecipe, read_recipe
 from fathom.engine.generate import generate
 from fathom.engine.protocol import Sampling
-from fathom.errors import UserError
+from fathom.errors import INTERRUPTED, UserError
 from fathom.model.accounting import count_parameters
 from fathom.report.command import fathom_command
 from fathom.report.tables import count, print_rows
@@ -28,7 +28,7 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
     resume = RunFolder(folder).recipe.exists() and not fresh
     result = pretrain(recipe, resume=resume, overwrite=fresh)
     if result.interrupted or result.checkpoint is None:
-        return 0
+        return INTERRUPTED
     _show_samples(result.checkpoint)
     print_rows("results", _results(recipe, result))
     console = Console(highlight=False, soft_wrap=True)

@@ -52,8 +52,8 @@ def r1() -> PolicyLoss:
 def dapo() -> PolicyLoss:
     """DAPO (arXiv 2503.14476 eq. 8): clip-higher, token-level loss, no KL.
 
-    Its other two parts are not of the loss: dynamic sampling (`fathom.train.grpo.informative_groups`) and the soft
-    overlong penalty, a reward.
+    Its other two parts are not of the loss: dynamic sampling (`rollout.resample` in a recipe) and the soft overlong
+    penalty (`rewards.overlong`).
     """
     return PolicyLoss(clip_low=0.2, clip_high=0.28, normalisation="token")
 

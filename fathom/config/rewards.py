@@ -1,8 +1,8 @@
 """Where an answer stands in a completion, and what each part of its reward weighs."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fathom.config.section import Section
 
@@ -32,3 +32,12 @@ class Rewards(Section):
     """Weight of the punishment for nearing the token limit, -1 to 0 (DAPO: 1)."""
     overlong_share: float = Field(default=0.2, gt=0, le=1)
     """The last share of the token limit, over which that punishment grows from 0 to -1 (DAPO: 4,096 of 20,480)."""
+
+    @model_validator(mode="after")
+    def _rewards_something(self) -> Self:
+        if not (self.accuracy or self.format or self.language or self.overlong):
+            raise ValueError(
+                "accuracy, format, language and overlong all weigh 0, so there is nothing to learn; give one a weight, "
+                "such as accuracy = 1.0"
+            )
+        return self

@@ -29,7 +29,7 @@ class TaskSection(Section):
     """A curriculum begins with levels 1 to this; none: there is no curriculum."""
     raise_at: float = Field(default=0.8, gt=0, le=1)
     """A curriculum adds a level when the hardest one so far is solved this often in a step's samples."""
-    check_seconds: float = Field(default=10.0, gt=0)
+    check_seconds: float = Field(default=10.0, gt=0, le=86400)
     """Longest time a check may take; then the answer counts as wrong."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
     """Where a task that runs programs runs them; `none` is for programs you trust."""
@@ -169,7 +169,7 @@ class RLRecipe(Recipe):
         loss = values.get("loss") if isinstance(values, dict) else None
         if isinstance(loss, dict) and "preset" in loss:
             name = loss["preset"]
-            if name not in PRESETS:
+            if not isinstance(name, str) or name not in PRESETS:
                 raise ValueError(f"loss.preset '{name}' is unknown{nearest(str(name), PRESETS)}: {', '.join(PRESETS)}")
             return {**values, "loss": PRESETS[name]().model_dump() | {k: v for k, v in loss.items() if k != "preset"}}
         return values

@@ -135,6 +135,9 @@ def _explain(cls: type[BaseModel], error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not path:
         return message
+    if error["type"] == "model_type" and (table := section_at(cls, error["loc"])):
+        names = ", ".join(table.model_fields)
+        return f"'{path}' = {_SHORT.repr(error['input'])}: is a table, so say which field ('{path}.…'): {names}"
     if isinstance(error["input"], dict):  # the rule is between fields, and the message names those it is about
         return f"'{path}': {message}"
     return f"'{path}' = {_SHORT.repr(error['input'])}: {message}"

@@ -18,8 +18,11 @@ import jinja2.sandbox
 
 from fathom.errors import UserError
 
+OPENING, CLOSING = "<think>", "</think>"
+"""What stands around thoughts."""
+
 # Names under which programs pass the reasoning of a message; templates read the first (and gpt-oss the second).
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -39,7 +42,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((plain[key] for key in _REASONING_FIELDS if key in plain), None)
+    reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 

@@ -14,6 +14,8 @@ from fathom.engine.thinking import ThinkTags
 
 _LOWEST = -9999.0
 """What stands for minus infinity, which JSON cannot write, at `fathom serve` and vLLM alike."""
+_ROUNDING = 1e-3
+"""How far above 0 a logarithm of nearly 1 may come to lie."""
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -206,12 +208,12 @@ class Job:
         if not len(ids) == len(given.token_logprobs) == len(given.top_logprobs):
             raise Refused(f"{where}: the lists of its log-probabilities differ in length; update the server")
         values = zip(ids, given.token_logprobs, given.top_logprobs, strict=True)
-        return [TokenLogprob(token, _number(value), self._top(top, where)) for token, value, top in values]
+        return [TokenLogprob(token, _of_drawn(value, where), self._top(top, where)) for token, value, top in values]
 
     def _top(self, given: dict[str, float], where: str) -> list[tuple[int, float]]:
         """The likeliest tokens; vLLM adds the one that was drawn."""
         try:
-            found = [(int(name.removeprefix("token_id:")), _number(value)) for name, value in given.items()]
+            found = [(int(name.removeprefix("token_id:")), _number(value, where)) for name, value in given.items()]
         except ValueError:
             raise Refused(
                 f"{where}: names an alternative token by something else than its id; serve the model with 'fathom "
@@ -248,5 +250,23 @@ def _structured(constraint: Constraint) -> dict[str, Any]:
     return {"json" if constraint.kind == "json_schema" else constraint.kind: constraint.text}
 
 
-def _number(logprob: float) -> float:
-    return logprob if logprob > _LOWEST else float("-inf")
+def _number(logprob: float, where: str) -> float:
+    """What the endpoint means. Raises `Refused` for the logarithm of no probability."""
+    if logprob > _ROUNDING:
+        raise _no_logprob(logprob, where)
+    return min(logprob, 0.0) if logprob > _LOWEST else float("-inf")
+
+
+def _of_drawn(logprob: float, where: str) -> float:
+    """The same of a token that was drawn, and so had a chance."""
+    number = _number(logprob, where)
+    if number == float("-inf"):
+        raise _no_logprob(logprob, where)
+    return number
+
+
+def _no_logprob(value: float, where: str) -> Refused:
+    return Refused(
+        f"{where}: gives a token the log-probability {value:g}, which must lie between {_LOWEST:g}, its word for no "
+        "chance at all, and 0; serve the model with 'fathom serve' or vLLM with '--logprobs-mode raw_logprobs'"
+    )

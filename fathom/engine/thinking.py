@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fathom.data.chat import CLOSING, OPENING
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.matching import Pattern
 from fathom.engine.protocol import Thinking
 from fathom.errors import UserError
 
-OPENING, CLOSING = "<think>", "</think>"
 Tag = Literal["opening", "closing"]
 
 

@@ -126,7 +126,7 @@ def heads_linear(x: Tensor, weight: Packed) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension; weight float32."""
-    x, stride = _rows(x)
+    (x, stride), weight = _rows(x), weight.contiguous()
     y, width = torch.empty(x.shape, dtype=x.dtype), x.shape[-1]
     kernel("rms_norm", x.dtype)(x.data_ptr(), stride, weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
     return y

@@ -135,7 +135,7 @@ def softmax_gradients(
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of `ops.rms_norm`: dy, x [..., D], weight [D] float32 -> dx like x, dweight [D] float32."""
-    dy, x = dy.contiguous(), x.contiguous()
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     kernel("rms_norm_backward", x.dtype)(
         dy.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(), dweight.data_ptr(),

@@ -188,7 +188,14 @@ def _samples(file: Path) -> list[tuple[str, str]]:
         return []
     _, *parts = _HEADING.split(file.read_text(encoding="utf-8", errors="replace"))
     sections = list(zip(parts[::2], parts[1::2], strict=True))[-SAMPLES:]
-    return [(step, _visible(re.sub(r"^ {4}", "", text, flags=re.MULTILINE).strip("\n"))) for step, text in sections]
+    return [(step, _visible(_unindented(text.strip("\n")))) for step, text in sections]
+
+
+def _unindented(text: str) -> str:
+    """Without the margin of the log, unless parts are named in it: there the margin tells those from what is shown."""
+    lines = text.split("\n")
+    named = any(line and not line.startswith("    ") for line in lines)
+    return text if named else "\n".join(line.removeprefix("    ") for line in lines)
 
 
 def _visible(text: str) -> str:

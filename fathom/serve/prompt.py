@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fathom.data.template_encoding import TemplateEncoder
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.thinking import CLOSING, OPENING, find_think_tags
 from fathom.errors import UserError
 from fathom.serve.body import strict_json
-from fathom.serve.encoding import TemplateEncoder
 from fathom.serve.errors import ApiError, refused
 from fathom.serve.schema import ChatForm, Message
 

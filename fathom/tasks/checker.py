@@ -5,7 +5,7 @@ run in processes of their own, each with a clock. One that overruns it is killed
 scores 0 and the fault is said; the next process takes over. A process that ends by itself is replaced too, and the
 answer that it was at is tried once more, alone to blame if that ends the same way.
 
-Tasks that run programs bring a sandbox with limits and processes of its own: their checks run in threads here.
+Programs have limits and processes of their own, in the sandbox: the checks of that one task run in threads here.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from fathom.config.rewards import Rewards
 from fathom.errors import UserError
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.check_worker import Chunk, Ready, Unusable
+from fathom.tasks.programs import in_sandbox
 from fathom.tasks.reading import read
 from fathom.tasks.rewards import Reward, combine
 from fathom.tasks.task import Problem, Task, Verdict, judge
@@ -70,20 +71,21 @@ class Checker:
         again and again while checks run, from any thread; what it raises ends them.
         """
         self.task = open_task(task) if isinstance(task, str) else task
+        self._in_sandbox = in_sandbox(self.task)
         self.hung = 0
         """Checks so far that overran their time."""
         self.lost = 0
         """Processes so far that ended in the midst of a check."""
         self._seconds, self._heed = seconds, heed
         self._count = workers or min(4, os.cpu_count() or 1)
-        self._sent = task if isinstance(task, str) else _pickled(self.task)
+        self._sent = task if isinstance(task, str) else b"" if self._in_sandbox else _pickled(self.task)
         self._workers: list[_Worker] = []
         self._hung_in_a_row = 0
         self._failed_starts = 0
 
     def __enter__(self) -> Self:
         """Start the processes. Raises `UserError` where the task cannot be opened in one."""
-        if not self.task.runs_programs:
+        if not self._in_sandbox:
             try:
                 self._workers = [_Worker(self.task.called, self._sent) for _ in range(self._count)]
                 for worker in self._workers:
@@ -124,7 +126,7 @@ class Checker:
     def check_all(self, answers: Sequence[tuple[Problem, str | None]]) -> list[Verdict]:
         """The verdicts on `answers`, in their order; where there is no answer (None), 0."""
         jobs = {place: (problem, text) for place, (problem, text) in enumerate(answers) if text is not None}
-        if self.task.runs_programs:
+        if self._in_sandbox:
             with ThreadPoolExecutor(self._count) as threads:
                 found = threads.map(self._judge, jobs.values())
                 verdicts = dict(zip(jobs, found, strict=True))
@@ -294,8 +296,6 @@ class _Worker:
 
 
 def _pickled(task: Task) -> bytes:
-    if task.runs_programs:
-        return b""
     try:
         return pickle.dumps(task)
     except (pickle.PicklingError, TypeError, AttributeError) as error:

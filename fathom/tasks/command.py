@@ -17,6 +17,9 @@ from fathom.options import positive
 from fathom.tasks.catalogue import BUILT_IN, FORMS, open_task
 from fathom.tasks.task import Problem, Split, Task, judge
 
+# A problem that came again so often in a row says that there is no other.
+_PATIENCE = 1000
+
 
 def add_tasks(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """The three commands; `verb` adds one."""
@@ -27,6 +30,12 @@ def add_tasks(verb: Callable[..., argparse.ArgumentParser]) -> None:
     run = verb("try", try_task, "answer problems yourself; end with Ctrl-D")
     _add_choice(run)
     run.add_argument("--count", type=positive, help="how many problems (until you end it)")
+    run.add_argument(
+        "--sandbox",
+        choices=("bubblewrap", "none"),
+        default="bubblewrap",
+        help="where a task that runs programs runs them; none is for programs you trust (bubblewrap)",
+    )
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +48,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 def list_tasks(options: argparse.Namespace) -> int:
     """A table of the built-in tasks, and the names of reasoning-gym's."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # brackets and colons are the tasks' own
     table = Table("name", "levels", "a problem of the first", box=None, pad_edge=False)
     for name in BUILT_IN:
         task = open_task(name)
@@ -58,9 +67,9 @@ def list_tasks(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """What the task is, then problems."""
+    """What the task is, then problems, none of them twice."""
     task, problems = _open(options)
-    shown = list(itertools.islice(problems, options.count))
+    shown = list(itertools.islice(_different(problems), options.count))
     print(_headline(task))
     for number, problem in enumerate(shown, 1):
         print(f"\n{number}. {problem.question}")
@@ -73,7 +82,12 @@ def show(options: argparse.Namespace) -> int:
 
 def try_task(options: argparse.Namespace) -> int:
     """Ask, read, say whether it was right; at the end how many were."""
+    from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+
     task, problems = _open(options)
+    if in_sandbox(task):
+        use_sandbox(options.sandbox)
+        shared_sandbox()  # where there is none, the person hears of it now, and not as wrong answers
     print(_headline(task))
     asked = right = 0
     try:
@@ -106,6 +120,19 @@ def _ask(task: Task, problem: Problem) -> bool:
 def _open(options: argparse.Namespace) -> tuple[Task, Iterator[Problem]]:
     task = open_task(options.task)
     return task, task.problems(options.split, level=options.level, seed=options.seed)
+
+
+def _different(problems: Iterator[Problem]) -> Iterator[Problem]:
+    """Each problem once, until no more are found."""
+    seen: set[str] = set()
+    repeated = 0
+    while repeated < _PATIENCE:
+        problem = next(problems)
+        key = problem.key or problem.question
+        repeated = repeated + 1 if key in seen else 0
+        if not repeated:
+            seen.add(key)
+            yield problem
 
 
 def _headline(task: Task) -> str:

@@ -1,16 +1,19 @@
 """A user's own task, out of a Python file: `path/to/file.py:MyTask`.
 
-from fathom.tasks import Problem, Task
+    from fathom.tasks import Problem, Task
 
-class Reverse(Task):
-    levels = 5
+    class Reverse(Task):
+        levels = 5
 
-    def problem(self, random, level):
-        word = "".join(random.choices("abcdefgh", k=2 + level))
-        return Problem(f"Write '{word}' backwards.", answer=word[::-1], level=level)
+        def problem(self, random, level):
+            word = "".join(random.choices("abcdefgh", k=2 + level))
+            return Problem(f"Write '{word}' backwards.", answer=word[::-1], level=level)
 
-    def check(self, problem, answer):
-        return float(answer.strip() == problem.answer)
+        def check(self, problem, answer):
+            return answer.strip() == problem.answer
+
+`problem` is asked with a generator of its own, from which all chance has to come. What a mistake in the file, in
+`problem` or in `levels` raises is one line with its place; one in `check` costs that answer its reward, and is counted.
 """
 
 import importlib.util
@@ -21,8 +24,9 @@ from pathlib import Path
 from types import ModuleType
 
 from fathom.errors import UserError, nearest
+from fathom.tasks.faults import describe
 from fathom.tasks.options import construct
-from fathom.tasks.task import Task
+from fathom.tasks.task import Task, require_levels
 
 
 def open_custom(path: Path, name: str, options: Mapping[str, str]) -> Task:
@@ -36,11 +40,13 @@ def open_custom(path: Path, name: str, options: Mapping[str, str]) -> Task:
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise UserError(f"{where} does not define {' and '.join(missing)}; a task needs both problem and check")
     try:
-        return construct(found, options, where=where)
+        task = construct(found, options, where=where)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where}: making it raised {_one_line(error)}") from error
+        raise UserError(f"{where}: making it raised {describe(error, path)}") from error
+    require_levels(task)
+    return task
 
 
 def _run(path: Path) -> ModuleType:
@@ -54,7 +60,7 @@ def _run(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"{path}: running it raised {_one_line(error)}{_line(error, path)}") from error
+        raise UserError(f"{path}: running it raised {describe(error, path)}") from error
     return module
 
 
@@ -69,20 +75,3 @@ def _without(path: Path, name: str) -> str:
 
 def _is_own_task(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Task) and not inspect.isabstract(value)
-
-
-def _line(error: BaseException, path: Path) -> str:
-    """Where in the file it was raised."""
-    if isinstance(error, SyntaxError):
-        return f" (line {error.lineno})"
-    lines, trace = [], error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return f" (line {lines[-1]})" if lines else ""
-
-
-def _one_line(error: BaseException) -> str:
-    said = str(error.msg if isinstance(error, SyntaxError) else error).partition("\n")[0]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__

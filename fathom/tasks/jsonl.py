@@ -1,40 +1,29 @@
 """Problems with known answers out of a JSON Lines file: `path/to/file.jsonl`.
 
 A row is an object with `question` (or `problem`) and `answer`, a text or a number, and may have `level` (from 1),
-`split` (`train`, `held-out` or `test`; all rows or none) and `language` (`en` or `zh`). Of an answer in the form of
-GSM8K, `reasoning #### 42`, what follows `####` counts; of one that holds a `\\boxed{…}`, what it holds.
+`split` (`train`, `held-out` or `test`; all rows or none) and `language` (`en` or `zh`). Questions that differ in case
+or space alone are one. Of an answer in the form of GSM8K, `reasoning #### 42`, what follows `####` counts; of one that
+holds a `\\boxed{…}`, what it holds.
 
-How answers are compared depends on the right one:
-
-- a number: the answer must be that number (`numerals`; `$…$`, `\\boxed{}`, `\\frac{}{}` are read too). A sum that
-  would come to it does not count, or the question could be handed back as its answer;
-- other mathematics (a digit, a backslash, or an operator in it): equal in the sense of `math-verify`, which compares
-  values, not forms;
-- anything else: the same words. Case, the space between them and a full stop do not count.
+How answers are compared depends on the right one (`equality`): a number is compared as a number, a formula by value,
+a number with a unit as both, anything else as words.
 """
 
 import importlib.util
 import json
+import math
 import random
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fathom.errors import UserError
-from fathom.tasks.isolation import isolated
-from fathom.tasks.numerals import read_number
+from fathom.tasks.equality import equal
 from fathom.tasks.task import Problem, Split, Task
-
-LONGEST = 1000
-"""Characters of the longest answer that is read as mathematics."""
 
 _QUESTIONS = ("question", "problem")
 _SPLITS: dict[str, Split] = {"train": "train", "held-out": "held-out", "test": "held-out"}
-_MATHEMATICS = re.compile(r"[0-9\\=+*/^<>]")
-_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
-_TWO_NUMBERS = re.compile(r"[0-9]\s+[0-9]")
 
 
 class JsonLines(Task):
@@ -56,47 +45,7 @@ class JsonLines(Task):
 
     def check(self, problem: Problem, answer: str) -> float:
         """1 where `answer` is the row's; raises `isolation.Overrun` where mathematics took too long."""
-        right = problem.answer
-        if _plain(answer) == _plain(right):
-            return 1.0
-        if len(answer) > LONGEST or not _MATHEMATICS.search(right):
-            return 0.0
-        number = read_number(_without_latex(right))
-        if number is not None:
-            return float(read_number(_without_latex(answer)) == number)
-        if not answer.strip() or _TWO_NUMBERS.search(answer):
-            return 0.0
-        return float(isolated(equal, right, answer, needs=("math_verify",)))
-
-
-def equal(right: str, answer: str) -> bool:
-    """Whether `math-verify` takes both, each as a whole, for the same."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    def read(text: str) -> list[Any]:
-        formula = _unwrapped(text).replace("**", "^")
-        return parse(f"${formula}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-
-    # Time is bounded from outside: the library's own alarm would need the main thread.
-    return bool(verify(read(right), read(answer), timeout_seconds=None))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).removesuffix(".").casefold()
-
-
-def _unwrapped(text: str) -> str:
-    """Without the marks of a formula around it."""
-    text = text.strip().removesuffix(".")
-    for before, after in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}")):
-        if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
-            text = text[len(before) : -len(after)].strip()
-    return text
-
-
-def _without_latex(text: str) -> str:
-    """A number as `numerals` reads it."""
-    return _FRACTION.sub(r"\1/\2", _unwrapped(text)).replace("\\$", "$").replace("{,}", ",").replace("\\,", "")
+        return float(equal(problem.answer, answer))
 
 
 def _read(path: Path) -> list[Problem]:
@@ -123,7 +72,13 @@ def _require_math_verify(path: Path) -> None:
 
 def _problem(line: str, where: str) -> Problem:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(
+            f"{where}: {half} is half a character and no text; write both halves, or the character"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -139,7 +94,12 @@ def _problem(line: str, where: str) -> Problem:
         raise UserError(f"{where}: 'language' = {language!r} is not en or zh")
     if split is not None and split not in list(_SPLITS):
         raise UserError(f"{where}: 'split' = {split!r} is not one of {', '.join(_SPLITS)}")
-    return Problem(question, answer, level, language=language, split=_SPLITS[split] if split else None)
+    key = " ".join(question.split()).casefold()
+    return Problem(question, answer, level, key, language, split=_SPLITS[split] if split else None)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
 
 
 def _text(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
@@ -150,6 +110,8 @@ def _text(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
         raise UserError(f"{where}: the row has no {' or '.join(repr(key) for key in keys)}; it has {has}")
     value = row[key]
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {key!r} is larger than any number that a computer keeps; write it as a text")
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a text")
@@ -174,6 +136,6 @@ def _check_splits(problems: list[Problem], path: Path) -> None:
     given = {problem.split for problem in problems}
     if None in given and len(given) > 1:
         raise UserError(f"{path}: some rows have 'split' and some have none; give it to all or to none")
-    held_out = {problem.question for problem in problems if problem.split == "held-out"}
-    if both := next((p.question for p in problems if p.split == "train" and p.question in held_out), None):
+    held_out = {problem.key: problem.question for problem in problems if problem.split == "held-out"}
+    if both := next((held_out[p.key] for p in problems if p.split == "train" and p.key in held_out), None):
         raise UserError(f"{path}: a question is both for training and held out: {both[:60]!r}")

@@ -41,7 +41,6 @@ class Programs(Task):
 
     name = "programs"
     levels = len(FAMILIES)
-    runs_programs = True
 
     def problem(self, random: random.Random, level: int) -> Problem:
         """`level` 1 takes one expression, 2 a loop or a few lines, 3 a small simulation or state."""
@@ -88,6 +87,15 @@ class Programs(Task):
         compare = same_text if function is None else same
         pairs = zip(problem.data["expected"], outcome.outputs, strict=True)
         return float(all(compare(expected, given) for expected, given in pairs))
+
+
+def in_sandbox(task: Task) -> bool:
+    """Whether the sandbox bounds the checks of `task`, so that they need no clock and no process of their own.
+
+    No task is asked, or a user's check could escape both; for the same reason a class derived from `Programs` is not
+    trusted with it.
+    """
+    return type(task) is Programs
 
 
 def read_program(answer: str) -> str:

@@ -10,12 +10,14 @@ asking for more of either can never leak.
 import hashlib
 import math
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fathom.errors import UserError
+from fathom.tasks.faults import describe
 
 Split = Literal["train", "held-out"]
 Language = Literal["en", "zh"]
@@ -42,6 +44,19 @@ class Problem:
     split: Split | None = None
     """Which it belongs to by somebody's decision; None: by its key's hash."""
 
+    def __post_init__(self) -> None:
+        """Raises `TypeError` or `ValueError` for a field that is not what it should be."""
+        kinds = {"question": str, "answer": str, "level": int, "key": str, "data": Mapping}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"a problem's {name} is {_short(value)}, which is no {kind.__name__.lower()}")
+        if self.level < 1:
+            raise ValueError(f"a problem's level is {self.level}; levels count from 1")
+        for name, values in (("language", get_args(Language)), ("split", (*get_args(Split), None))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"a problem's {name} is {_short(getattr(self, name))}, not one of {values}")
+
     @property
     def held_out(self) -> bool:
         """Whether it is for measuring; others are for training."""
@@ -58,8 +73,6 @@ class Task(ABC):
     """How people call it; the class's name where empty."""
     levels: int = 1
     """Difficulties there are: 1 to this."""
-    runs_programs: bool = False
-    """Whether checking an answer runs it as a program."""
 
     @abstractmethod
     def problem(self, random: random.Random, level: int) -> Problem:
@@ -76,24 +89,49 @@ class Task(ABC):
     def problems(self, split: Split, *, level: int = 1, seed: int = 0) -> Iterator[Problem]:
         """Endless problems of one split; the same for the same arguments.
 
-        Raises `UserError` for a level that there is not, and where a level has no problem of that split.
+        Raises `UserError` for a level that there is not, where a level has no problem of that split, and where
+        `problem` raises or gives something else.
         """
+        require_levels(self)
         if not 1 <= level <= self.levels:
             raise UserError(f"task {self.called}: level {level} is not among 1 to {self.levels}")
-        source = random.Random(f"{self.called} {split} {level} {seed}")
+        return self._drawn(split, level, random.Random(f"{self.called} {split} {level} {seed}"))
+
+    def _drawn(self, split: Split, level: int, source: random.Random) -> Iterator[Problem]:
         missed = 0
         while True:
-            problem = self.problem(source, level)
+            problem = self._one(source, level)
             if problem.held_out == (split == "held-out"):
                 missed = 0
                 yield problem
             elif (missed := missed + 1) == _PATIENCE:
                 raise UserError(f"task {self.called}: level {level} has too few different problems: none is {split}")
 
+    def _one(self, source: random.Random, level: int) -> Problem:
+        try:
+            problem = self.problem(source, level)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            file = getattr(sys.modules.get(type(self).__module__), "__file__", None)
+            raise UserError(f"task {self.called}: its problem() raised {describe(error, file)}; mend it") from error
+        if not isinstance(problem, Problem):
+            raise UserError(
+                f"task {self.called}: its problem() gave {_short(problem)}, which is no Problem; "
+                "let it return Problem(question, answer, level)"
+            )
+        return problem
+
     @property
     def called(self) -> str:
         """Its name, or its class's."""
         return self.name or type(self).__name__
+
+
+def require_levels(task: Task) -> None:
+    """Raises `UserError` where the task's levels are no number of levels."""
+    if not isinstance(task.levels, int) or isinstance(task.levels, bool) or task.levels < 1:
+        raise UserError(f"task {task.called}: levels = {_short(task.levels)}; give it a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -115,3 +153,8 @@ def judge(task: Task, problem: Problem, answer: str) -> Verdict:
     if not math.isfinite(score) or not 0 <= score <= 1:
         return Verdict(0.0, f"{task.called}: its check gave {score}, not a number from 0 to 1")
     return Verdict(score)
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -4,6 +4,7 @@ A mini-batch of groups becomes pieces, each a forest (`fathom.model.forest`) for
 are all equal give no gradient and are left out of it, unless a KL term asks for them too.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,26 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
     metrics = {"loss": loss, "skipped": skipped, "updates": updates, "grad_norm": max(norms, default=0.0), "lr": lr}
     return metrics | ({} if report is None else report.means())
+
+
+@torch.no_grad()
+def observe(learner: Learner, groups: Sequence[Group]) -> dict[str, float]:
+    """What `update` says of the policy, for a step that has nothing to learn from: entropy, the engine's gap. They are
+    of as many of `groups` as one forward pass takes, and what only an update moves is at rest: ratio 1, clipped 0."""
+    recipe = learner.recipe
+    first = itertools.accumulate((len(group.rollouts) for group in groups), initial=0)
+    part = next(_packed(list(zip(groups, first, strict=False)), recipe.train.rows))
+    piece = _piece(part, learner)
+    logprobs, entropy = _Scorer.of(learner.model, recipe)(piece)
+    batch = PolicyBatch(
+        owner=piece.completions[piece.forest.owners],
+        advantages=torch.zeros(len(piece.completions), device=logprobs.device),
+        weights=torch.ones(len(piece.completions), device=logprobs.device),
+        old_logprobs=logprobs,
+        sampler_logprobs=piece.sampler_logprobs if recipe.rollout.gives_logprobs else None,
+        entropy=entropy,
+    )
+    return policy_loss(logprobs, batch, recipe.loss.replace(kl=0.0))[1].means()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fathom.errors import UserError
 from fathom.train.run import RunFolder
 
+SAMPLE_CHARACTERS = 8000
+"""Most that the log shows of a prompt, or of a completion."""
 _SAMPLE_HEADING = re.compile(rb"^## Step (\d+)\n", re.MULTILINE)
 
 
@@ -65,10 +67,27 @@ class MetricsLog:
             self._board.add(step, numbers)
 
     def write_sample(self, step: int, prompt: str, text: str) -> None:
-        """One section of `samples.md`; the text is indented, so nothing in it can pass for a heading."""
-        block = "\n".join(f"    {line}" for line in (prompt + text).splitlines())
+        """A text and how the model went on with it, as one section of `samples.md`."""
+        self._write_section(step, _block(prompt + text))
+
+    def write_answer(self, step: int, parts: dict[str, str]) -> None:
+        """A problem and its answer, as one section of `samples.md` with a paragraph for each of `parts`."""
+        self._write_section(step, "\n\n".join(f"{name}:\n\n{_block(_shortened(text))}" for name, text in parts.items()))
+
+    def _write_section(self, step: int, body: str) -> None:
         with _disk(self._run.path), self._run.samples.open("a", encoding="utf-8") as file:
-            file.write(f"## Step {step}\n\n{block}\n\n")
+            file.write(f"## Step {step}\n\n{body}\n\n")
+
+
+def _block(text: str) -> str:
+    """Indented, so that nothing in it can pass for a heading."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _shortened(text: str) -> str:
+    """A long text without its middle."""
+    half, left_out = SAMPLE_CHARACTERS // 2, len(text) - SAMPLE_CHARACTERS
+    return text if left_out <= 0 else f"{text[:half]}\n[… {left_out:,} characters …]\n{text[-half:]}"
 
 
 class _Board:

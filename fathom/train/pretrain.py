@@ -171,6 +171,7 @@ def _train(
             log.write("train", progress.step, values)
             display.step(progress.step, values)
             if values["skipped"]:
+                writer.wait()  # the newest checkpoint is to be named
                 _report_bad_step(progress, recipe, values, display, newest_model(run.path))
 
             if progress.step == total or stop.asked or progress.step % recipe.checkpoint.every == 0:

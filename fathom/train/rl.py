@@ -14,6 +14,7 @@ unbroken one, bit for bit. That also allows a signal to cut a rollout or an eval
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,24 @@ from fathom.engine.engine import Engine, EngineSettings
 from fathom.engine.protocol import Engine as EngineProtocol
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters
-from fathom.model.checkpoint import load, new_folder, write_model
+from fathom.model.checkpoint import load
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.checker import Checker
-from fathom.tasks.task import Problem, Task
-from fathom.train.display import Display, describe
-from fathom.train.honesty import measured, rollout_metrics
-from fathom.train.learner import Learner, NoNumbers, frozen_copy, update
+from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+from fathom.tasks.task import Task
+from fathom.train.display import Display
+from fathom.train.honesty import rollout_metrics
+from fathom.train.learner import Learner, NoNumbers, frozen_copy, observe, update
 from fathom.train.machine import device, use_bf16
-from fathom.train.metrics import MetricsLog, read_metrics
+from fathom.train.metrics import MetricsLog
 from fathom.train.optimizers import build_optimizer
-from fathom.train.rollout import Group, Roller, Rollout, draw_problems, held_out_problems, seed_of
+from fathom.train.rl_evaluate import HeldOut
+from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
 from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
 from fathom.train.signals import Stopped, StopRequest, sigterm_interrupts
-from fathom.train.state import (
-    Progress,
-    checkpoint_name,
-    checkpoints,
-    read_checkpoint,
-    remove,
-    sweep,
-)
+from fathom.train.state import Progress, read_checkpoint, read_checkpoint_recipe
 from fathom.train.writer import CheckpointWriter
 
 
@@ -76,9 +72,7 @@ def train_rl(
             run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
         )
         task = task_of(recipe)
-        if task.runs_programs:
-            from fathom.tasks.programs import shared_sandbox, use_sandbox
-
+        if in_sandbox(task):
             use_sandbox(recipe.task.sandbox)
             shared_sandbox()  # where there is none, the person hears of it now, and not as a run of wrong answers
         learner, stop = _start(recipe, checkpoint), StopRequest()
@@ -98,107 +92,110 @@ def train_rl(
 def _train(
     learner: Learner, roller: Roller, engine: EngineProtocol, run: RunFolder, console: Console, stop: StopRequest
 ) -> RunResult:
-    """The loop: step, new weights for the engine, evaluation, checkpoint."""
+    """The loop over steps, and what becomes of the run when it ends, in whichever way."""
     recipe, progress = learner.recipe, learner.progress
-    total, saved, interrupted = recipe.train.steps, progress.step, False
+    total, interrupted = recipe.train.steps, False
     task = open_task(recipe.task.name)
     problems = held_out_problems(task, recipe.task.levels, recipe.eval.problems, seed=recipe.seed)
-    if len(problems) < recipe.eval.problems:
-        Display(console, total=total, done=0).say(
-            f"task {recipe.task.name}: no more than {len(problems)} different held-out problems were found where "
-            f"eval.problems = {recipe.eval.problems}"
-        )
-    evaluation: dict[str, float] = {}
-    if recipe.rollout.endpoint is not None and recipe.rollout.replay_routes and learner.model.routers:
-        Display(console, total=total, done=0).say("routes cannot be replayed: the endpoint does not say them")
     with (
         CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
         MetricsLog(run, step=progress.step) as log,
         Display(console, total=total, done=progress.step) as display,
         stop,
     ):
-        best = _best_so_far(run)
-
-        def save() -> None:
-            nonlocal saved
-            writer.save(learner.contents())
-            saved = progress.step
-
-        def evaluate_if_due() -> None:
-            nonlocal evaluation, best
-            if progress.step < total and progress.step % recipe.eval.every:
-                return
-            began = time.perf_counter()
-            evaluation, found = _evaluate(roller, recipe, problems, learner.tokenizer, last=progress.step == total)
-            if progress.step == 0 and recipe.eval.probe:
-                evaluation |= _probe(roller, recipe, problems, learner.tokenizer, display.say)
-            for problem, rollout in found[:: max(1, len(found) - 1)]:  # of the lowest level and of the highest
-                log.write_sample(progress.step, problem.question, _sample(rollout))
-            log.write("eval", progress.step, evaluation | {"seconds": time.perf_counter() - began})
-            display.say(f"step {progress.step}: held out  {_told(evaluation)}")
-            if roller.too_long:
-                display.say_once(
-                    "too long",
-                    f"{roller.too_long} problems so far had prompts that leave no room for rollout.max_tokens = "
-                    f"{recipe.rollout.max_tokens} in this model's context, and were left out; lower it or the level",
-                )
-            if evaluation["pass@1"] > best:
-                best = evaluation["pass@1"]
-                if progress.step:  # at the start it is the model that training begins with
-                    _save_best(run, learner)
-
+        exam = HeldOut(learner, roller, problems, run, log, display)
+        session = _Session(learner, roller, engine, task, log, writer, display, saved=progress.step)
+        session.say_what_is_missing(len(problems))
         try:
             if not log.evaluated:
-                evaluate_if_due()
+                exam.take_if_due()
             while progress.step < total:
                 stop.heed()
-                began = time.perf_counter()
-                groups, drawn = _roll_out(learner, roller, task, display)
-                if not drawn:
-                    raise UserError(f"task {recipe.task.name}: no problem is left to be asked; try other levels")
-                rolled = time.perf_counter()
-                values = rollout_metrics(drawn, learner.tokenizer, recipe.eval.reflections)
-                values |= update(learner, groups)
-                if isinstance(engine, Engine):
-                    engine.load_weights(learner.model)
-                _raise_level(learner, drawn, display.say)
-                ended = time.perf_counter()
-                tokens = sum(len(rollout.drawn.tokens) for group in drawn for rollout in group.rollouts)
-                values |= {
-                    "level": float(learner.level),
-                    "rollout_seconds": rolled - began,
-                    "update_seconds": ended - rolled,
-                    "tokens_per_second": tokens / (ended - began),
-                }
-                log.write("train", progress.step, values)
-                display.step(progress.step, values)
-                if values["skipped"]:
-                    _report_bad_step(progress, recipe, values, display.say)
-                else:
-                    _report_missing_updates(groups, progress, recipe, values["updates"], display)
+                session.step()
                 # First the checkpoint, so that no evaluation can cost it.
                 if progress.step == total or progress.step % recipe.checkpoint.every == 0:
-                    save()
-                evaluate_if_due()
+                    session.save()
+                exam.take_if_due()
                 writer.check()
         except Stopped:
             interrupted = True
         except NoNumbers:
             raise
         except Exception:
-            if saved < progress.step:  # an endpoint went away, memory ran out: what was learnt is kept
-                save()
+            session.save()  # an endpoint went away, memory ran out: what was learnt is kept
             writer.wait()
             if progress.step:
                 again = f"{fathom_command()} rl {run.recipe} --resume"
                 display.say(f"what was learnt up to step {progress.step} is saved; once mended, go on with: {again}")
             raise
-        if saved < progress.step:
-            save()
+        session.save()
         writer.wait()
         if interrupted:
             display.say(f"stopped at step {progress.step}; go on with: {fathom_command()} rl {run.recipe} --resume")
-    return RunResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
+    return RunResult(run.path, progress.step, newest_model(run.path), exam.values, interrupted)
+
+
+@dataclass
+class _Session:
+    """A run under way: what it learns with, and where it writes."""
+
+    learner: Learner
+    roller: Roller
+    engine: EngineProtocol
+    task: Task
+    log: MetricsLog
+    writer: CheckpointWriter
+    display: Display
+    saved: int
+    """The step of the last checkpoint."""
+
+    def say_what_is_missing(self, held_out: int) -> None:
+        """What the recipe asks for and cannot have, with `held_out` problems found."""
+        recipe = self.learner.recipe
+        if held_out < recipe.eval.problems:
+            self.display.say(
+                f"task {recipe.task.name}: no more than {held_out} different held-out problems were found where "
+                f"eval.problems = {recipe.eval.problems}"
+            )
+        if recipe.rollout.endpoint is not None and recipe.rollout.replay_routes and self.learner.model.routers:
+            self.display.say("routes cannot be replayed: the endpoint does not say them")
+
+    def save(self) -> None:
+        """A checkpoint, where this step has none."""
+        if self.saved < self.learner.progress.step:
+            self.writer.save(self.learner.contents())
+            self.saved = self.learner.progress.step
+
+    def step(self) -> None:
+        """Rollout, update, new weights for the engine, and the step's line of metrics."""
+        learner, recipe, display = self.learner, self.learner.recipe, self.display
+        began, too_long = time.perf_counter(), self.roller.too_long
+        groups, drawn = _roll_out(learner, self.roller, self.task, display)
+        if not drawn:
+            raise UserError(f"task {recipe.task.name}: no problem is left to be asked; try other levels")
+        rolled = time.perf_counter()
+        values = rollout_metrics(drawn, learner.tokenizer, recipe.eval.reflections)
+        values |= update(learner, groups)
+        if "entropy" not in values:  # nothing was learnt from
+            values |= observe(learner, drawn)
+        if isinstance(self.engine, Engine):
+            self.engine.load_weights(learner.model)
+        _raise_level(learner, drawn, display.say)
+        ended = time.perf_counter()
+        tokens = sum(len(rollout.drawn.tokens) for group in drawn for rollout in group.rollouts)
+        values |= {
+            "level": float(learner.level),
+            "too_long": self.roller.too_long - too_long,
+            "rollout_seconds": rolled - began,
+            "update_seconds": ended - rolled,
+            "tokens_per_second": tokens / (ended - began),
+        }
+        self.log.write("train", learner.progress.step, values)
+        display.step(learner.progress.step, values)
+        if values["skipped"]:
+            _report_bad_step(learner.progress, recipe, values, display.say)
+        else:
+            _report_missing_updates(groups, learner.progress, recipe, values["updates"], display)
 
 
 def _roll_out(learner: Learner, roller: Roller, task: Task, display: Display) -> tuple[list[Group], list[Group]]:
@@ -251,6 +248,8 @@ def _start(recipe: RLRecipe, checkpoint: Path | None) -> Learner:
         resumed = read_checkpoint(checkpoint)
         model, progress, optimizer_state = resumed.model, resumed.progress, resumed.optimizer
         tokenizer = Tokenizer.from_folder(checkpoint)
+        if recipe.task.start not in (None, read_checkpoint_recipe(checkpoint, RLRecipe).task.start):
+            progress.data["level"] = recipe.task.start  # a curriculum that was insisted on: it begins now
         if resumed.reference is not None and recipe.loss.kl > 0:
             reference = frozen_copy(model)
             reference.load_state_dict(resumed.reference)
@@ -317,81 +316,6 @@ def _raise_level(learner: Learner, drawn: Sequence[Group], say: Callable[[str], 
     if hardest and sum(hardest) / len(hardest) >= section.raise_at:
         learner.progress.data["level"] += 1
         say(f"step {learner.progress.step}: level {learner.level - 1} is learnt, level {learner.level} is added")
-
-
-def _evaluate(
-    roller: Roller, recipe: RLRecipe, problems: Sequence[Problem], tokenizer: Tokenizer, *, last: bool
-) -> tuple[dict[str, float], list[tuple[Problem, Rollout]]]:
-    """pass@1 over held-out problems and by level, and the answers; at the end pass@1 with thoughts cut short, too."""
-    seed = seed_of(recipe.seed, "held-out")
-    found = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed)
-    values = measured(found, tokenizer, recipe.eval.reflections)
-    for budget in recipe.eval.budgets if last else ():
-        cut = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, budget=budget)
-        values[f"pass@1/budget_{budget}"] = measured(cut, tokenizer, ())["pass@1"]
-    return values, found
-
-
-def _probe(
-    roller: Roller, recipe: RLRecipe, problems: Sequence[Problem], tokenizer: Tokenizer, say: Callable[[str], None]
-) -> dict[str, float]:
-    """The base made to think, and made to guess: without a gap between them there is no reason to learn to think.
-
-    Nothing, and `say` why, where the prompt itself opens a thought, or where a guess cannot be asked for: a layout
-    without a mark before the answer, in a vocabulary whose think tag is ordinary text.
-    """
-    guess = {"tags": "<answer>", "boxed": "\\boxed{", "line": "Answer:", "rest": ""}[recipe.rewards.layout.form]
-    opening = tokenizer.encode("<think>", special=True)
-    why = None
-    if recipe.prompt.opens_thought:
-        why = "the prompt opens the thought (prompt.opens_thought)"
-    elif not guess and len(opening) > 1:
-        why = "rewards.layout.form = rest has no mark to begin a guess with, and <think> is no token to be forbidden"
-    if why is not None:
-        say(f"not measured made to think and made to guess (eval.probe): {why}")
-        return {}
-    seed = seed_of(recipe.seed, "probe")
-    thinks = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, begin="<think>")
-    bias = None if guess else {opening[0]: -100.0}
-    guesses = roller.measure(problems, temperature=recipe.eval.temperature, seed=seed, begin=guess, bias=bias)
-    return {f"probe_{name}": measured(found, tokenizer, ())["accuracy"] for name, found in
-            (("thinking", thinks), ("guessing", guesses))}  # fmt: skip
-
-
-def _told(values: dict[str, float]) -> str:
-    """An evaluation in words."""
-    probe = ""
-    if "probe_thinking" in values:
-        probe = f"  made to think {values['probe_thinking']:.3f}, made to guess {values['probe_guessing']:.3f}"
-    return describe(values) + probe
-
-
-def _sample(rollout: Rollout) -> str:
-    parts = ", ".join(f"{name} {value + 0.0:g}" for name, value in rollout.reward.parts.items())
-    return f"{rollout.text}\n[{parts}]"
-
-
-def _best_so_far(run: RunFolder) -> float:
-    """The best pass@1 that the run has measured."""
-    return max((line["pass@1"] for line in read_metrics(run.metrics) if line["kind"] == "eval"), default=-1.0)
-
-
-def _save_best(run: RunFolder, learner: Learner) -> None:
-    """The weights as a model folder `best/step_…`, in the place of an earlier best."""
-    best = run.path / "best"
-    target = best / checkpoint_name(learner.progress.step)
-    try:
-        remove(target)
-        with new_folder(target) as scratch:
-            write_model(
-                scratch, learner.model.config, learner.model.state_dict(), tokenizer=learner.tokenizer, dtype="float32"
-            )
-        for old in checkpoints(best):
-            if old != target:
-                remove(old)
-        sweep(best)
-    except OSError as error:
-        raise UserError(f"{run.path}: the best model cannot be written ({error.strerror or error})") from None
 
 
 def _report_missing_updates(

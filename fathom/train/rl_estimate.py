@@ -100,11 +100,11 @@ def dry_run(recipe: RLRecipe, console: Console | None = None) -> None:
     task_of(recipe)
     console.print(explain_recipe(recipe), markup=False, highlight=False, soft_wrap=True)
     try:
-        folder = _model_here(recipe.model)
+        folder = model_here(recipe.model)
     except UserError as error:
         rows = [("model", f"{error}; what the run takes can be said once it is there")]
     else:
-        rows = estimate_rows(recipe, *_read(folder, recipe))
+        rows = estimate_rows(recipe, *read_described(folder, recipe.model))
     print_rows(f"run '{recipe.name}', at most", rows, console)
 
 
@@ -272,7 +272,7 @@ def _prompt_lengths(recipe: RLRecipe, config: ModelConfig, tokenizer: Tokenizer)
     return found[0], found[1]
 
 
-def _model_here(name: str) -> Path:
+def model_here(name: str) -> Path:
     """Where the model lies. Raises `UserError` where it does not; what is at the hub is not fetched."""
     path = Path(name).expanduser()
     if name.startswith("package:") or path.exists() or path.parent.is_dir():
@@ -285,13 +285,13 @@ def _model_here(name: str) -> Path:
         raise UserError(f"{name}: no such folder here, nor fetched from a hub before") from None
 
 
-def _read(folder: Path, recipe: RLRecipe) -> tuple[ModelConfig, Tokenizer]:
-    """The model's config and tokenizer. Raises `UserError`."""
+def read_described(folder: Path, name: str) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of the model called `name`. Raises `UserError`."""
     if folder.suffix == ".gguf":
         model, tokenizer = load(folder)
         config = model.config
     else:
         config, tokenizer = read_config(folder), Tokenizer.from_folder(folder)
     if tokenizer is None:
-        raise UserError(f"{recipe.model}: has no tokenizer, without which no problem can be put to it")
+        raise UserError(f"{name}: has no tokenizer, without which no problem can be put to it")
     return config, tokenizer

@@ -6,6 +6,7 @@ run sees what the unbroken one would have seen.
 """
 
 import hashlib
+import itertools
 import random
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -124,16 +125,22 @@ def draw_problems(
 
 
 def held_out_problems(task: Task, levels: int, count: int, *, seed: int) -> list[Problem]:
-    """The same problems whenever asked: about `count` held out, as many of every level, none of them twice."""
+    """The same problems whenever asked: `count` held out, none of them twice, or as many as are found.
+
+    They are spread evenly over the levels; what one has too few of, others have more of.
+    """
     found: dict[str, Problem] = {}
-    for level in range(1, levels + 1):
-        stream, wanted = task.problems("held-out", level=level, seed=seed), len(found) + -(-count // levels)
-        for _ in range(20 * count):
-            problem = next(stream)
-            found.setdefault(problem.key or problem.question, problem)
-            if len(found) == wanted:
-                break
-    return list(found.values())[:count] if levels == 1 else list(found.values())
+    streams = [task.problems("held-out", level=level, seed=seed) for level in range(1, levels + 1)]
+    before = -1
+    while before < len(found) < count:  # once more where a level had too few for its share
+        before = len(found)
+        for place, stream in enumerate(streams):
+            wanted = len(found) + -(-(count - len(found)) // (levels - place))
+            for problem in itertools.islice(stream, 20 * count):
+                if len(found) == wanted:
+                    break
+                found.setdefault(problem.key or problem.question, problem)
+    return list(found.values())
 
 
 def draw(
@@ -280,6 +287,10 @@ class Roller:
         drawn = draw(self._engine, requests, retries=self._recipe.rollout.retries, heed=self._heed)
         scored = self.score(problems, drawn, begin=begin)
         return [(p, rollout) for p, rollout in zip(problems, scored, strict=True) if rollout is not None]
+
+    def prompt(self, problem: Problem) -> str:
+        """What the model reads."""
+        return self._tokenizer.decode(self._ask(problem))
 
     def score(self, problems: Sequence[Problem], drawn: Sequence[Drawn], *, begin: str = "") -> list[Rollout | None]:
         """The rewards of completions; None for one that could not be drawn."""

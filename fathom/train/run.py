@@ -194,16 +194,20 @@ def newest_model(folder: Path) -> Path | None:
 
     One with a missing or cut file is passed over; where all are, the newest is named, whose weights may be whole.
     """
-    found = checkpoints(RunFolder(folder).checkpoints)
+    return _newest(RunFolder(folder).checkpoints)
+
+
+def _newest(folder: Path) -> Path | None:
+    found = checkpoints(folder)
     whole = (path for path in reversed(found) if damage(path, digests=False) is None)
     return next(whole, found[-1] if found else None)
 
 
 def model_folder(path: str | Path) -> Path:
-    """Where the model lies that `path` names: the newest checkpoint of a run, a model folder, a `.gguf` file, or what
-    is fetched for a hub name. Raises `UserError`."""
+    """Where the model lies that `path` names: the newest checkpoint of a run or of its folder `best`, a model folder, a
+    `.gguf` file, or what is fetched for a hub name. Raises `UserError`."""
     run = RunFolder(Path(path).expanduser())
-    if (newest := newest_model(run.path)) is not None:
+    if (newest := newest_model(run.path) or _newest(run.path)) is not None:
         return newest
     if run.recipe.exists():
         raise UserError(f"{path}: this run has no checkpoint yet; train it on with --resume")

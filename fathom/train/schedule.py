@@ -19,6 +19,14 @@ def constant_lr_at(step: int, warmup: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / (warmup + 1))
 
 
+def cosine_lr_at(step: int, total: int, warmup: int, floor: float, peak: float) -> float:
+    """Linear to the peak over `warmup` steps, then a cosine to the share `floor` of it at the last of `total` steps."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    part = (step - warmup) / max(1, total - 1 - warmup)
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
+
+
 def full_micro_batches(recipe: PretrainRecipe) -> int:
     """Micro-batches of the full batch."""
     return recipe.train.batch_tokens // (recipe.train.micro_batch * recipe.data.sequence_length)

@@ -385,6 +385,13 @@ DRAWN = {"tokens": ["token_id:65"], "token_logprobs": [-1.0], "top_logprobs": [{
         ([STREAM, event(65, logprobs=DRAWN | {"top_logprobs": []})], "differ in length"),
         ([STREAM, event(65, logprobs=DRAWN | {"top_logprobs": [{"A": -1.0}]})], "alternative"),
         ([STREAM, event(65, logprobs=DRAWN | {"token_logprobs": [None]})], "token_logprobs"),
+        ([STREAM, event(65, logprobs=DRAWN | {"token_logprobs": [float("nan")]})], "finite number"),
+        (
+            [STREAM, event(65, logprobs=DRAWN | {"token_logprobs": [-9999.0]})],
+            ": gives a token the log-probability -9999",
+        ),
+        ([STREAM, event(65, logprobs=DRAWN | {"token_logprobs": [0.5]})], "log-probability 0.5, which must lie"),
+        ([STREAM, event(65, logprobs=DRAWN | {"top_logprobs": [{"token_id:65": 3.5}]})], "log-probability 3.5, which"),
         ([plain(401, '{"error": {"message": "no\\nkey"}}')], "HTTP 401 Some Reason: no key; give the server's key"),
         ([plain(404, '{"detail": "Not Found"}')], "HTTP 404 Some Reason: Not Found"),
         ([plain(404, "<html>nginx</html>", kind="text/html")], "HTTP 404 Some Reason"),
@@ -443,14 +450,15 @@ def test_a_wait_that_is_too_long_is_not_begun(connect: Connect) -> None:
 
 
 def test_vllm_s_stream_is_read(connect: Connect) -> None:
-    """As its source writes it: the drawn token comes first among alternatives, -9999 is no chance, several at once."""
+    """As its source writes it: the drawn token comes first among alternatives, -9999 is no chance, a rounding
+    above 0 is certainty, several at once."""
     logprobs = {
         "text_offset": [0, 1],
         "tokens": ["token_id:65", "token_id:66"],
-        "token_logprobs": [-3.0, -9999.0],
+        "token_logprobs": [-3.0, 1e-3],
         "top_logprobs": [
             {"token_id:65": -3.0, "token_id:70": -0.5, "token_id:71": -1.0},
-            {"token_id:66": -9999.0, "token_id:72": -0.25, "token_id:73": -2.0},
+            {"token_id:66": 1e-3, "token_id:72": -9999.0},
         ],
     }
     first = event(65, 66, logprobs=logprobs, prompt_token_ids=HELLO, stop_reason=None)
@@ -461,7 +469,7 @@ def test_vllm_s_stream_is_read(connect: Connect) -> None:
     outcome = run(connect(endpoint), [Request(HELLO, 9, logprobs=2, cache_salt="s", stop=("zz",))])[0]
     assert [(found.logprob, found.top) for found in outcome.logprobs[:2]] == [
         (-3.0, [(70, -0.5), (71, -1.0)]),
-        (float("-inf"), [(72, -0.25), (73, -2.0)]),
+        (0.0, [(66, 0.0), (72, float("-inf"))]),
     ]
     assert (outcome.ids, outcome.last.finish_reason, outcome.last.usage.cached) == ([65, 66, 65], "length", 3)
     assert endpoint.bodies == [

@@ -42,14 +42,15 @@ def test_norm_equals_its_formula(width, dtype, tolerance):
 
 
 def test_norm_takes_any_strides():
-    """Inputs and upstream gradients that do not lie in one piece are read in their own order."""
+    """Inputs, weights and upstream gradients that do not lie in one piece are read in their own order."""
     x = draw(6, 4, 32, dtype=torch.float32).transpose(0, 1).requires_grad_()
-    weight = draw(32, dtype=torch.float32)
+    weight = draw(2, 32, dtype=torch.float32).T[:, 0].requires_grad_()
     upstream = draw(32, 4, 6, dtype=torch.float32).permute(1, 2, 0)
-    (strided,) = torch.autograd.grad(pointwise.rms_norm(x, weight, 1e-6), x, upstream)
-    copy = x.detach().contiguous().requires_grad_()
-    (whole,) = torch.autograd.grad(pointwise.rms_norm(copy, weight, 1e-6), copy, upstream.contiguous())
-    assert torch.equal(strided, whole)
+    strided = torch.autograd.grad(pointwise.rms_norm(x, weight, 1e-6), (x, weight), upstream)
+    copies = [tensor.detach().contiguous().requires_grad_() for tensor in (x, weight)]
+    whole = torch.autograd.grad(pointwise.rms_norm(*copies, 1e-6), copies, upstream.contiguous())
+    for got, want in zip(strided, whole, strict=True):
+        assert torch.equal(got, want)
 
 
 @DTYPES

@@ -145,6 +145,13 @@ def test_the_last_samples_are_shown(tmp_path: Path) -> None:
     assert "text 9\n## Step 99</bdi>" in page
 
 
+def test_the_parts_of_a_sample_are_told_apart(tmp_path: Path) -> None:
+    """Prompt and completion stand under their names, and what they hold behind a margin that names have not."""
+    samples = "## Step 3\n\nPrompt:\n\n    1+1=\n\nCompletion:\n\n    2\n    Reward:\n\nReward:\n\n    accuracy 1\n\n"
+    page = _page(_run(tmp_path / "r", LEARNS, [], samples))
+    assert "Prompt:\n\n    1+1=\n\nCompletion:\n\n    2\n    Reward:\n\nReward:\n\n    accuracy 1</bdi>" in page
+
+
 def test_gaps_and_strange_values_do_not_break_it(tmp_path: Path) -> None:
     """Nulls, words, infinities and numbers beyond floats are gaps; a series of nothing else has no figure."""
     strange = [None, "much", float("nan"), 10**400, True, [1]]

@@ -14,8 +14,9 @@ from fathom.errors import UserError
 from fathom.tasks import checker as checker_module
 from fathom.tasks.check_worker import Chunk
 from fathom.tasks.checker import Checker, Sample
+from fathom.tasks.programs import Programs
 from fathom.tasks.rewards import score
-from fathom.tasks.task import Problem, Task, Verdict
+from fathom.tasks.task import Problem, Verdict
 from tests.tasks.broken import Broken
 
 PROBLEM = Problem("?", "42")
@@ -178,21 +179,29 @@ def test_what_cannot_be_sent_is_said() -> None:
         checker.check_all([(Problem("?", data={"rule": lambda: 1}), "42")])
 
 
-class _InSandbox(Task):
-    """Claims a sandbox of its own."""
-
-    runs_programs = True
-
-    def problem(self, random, level):
-        raise NotImplementedError
-
-    def check(self, problem: Problem, answer: str) -> float:
-        return float(int(answer) == os.getpid())
-
-
-def test_programs_are_checked_from_here() -> None:
-    """A task with its own sandbox is asked in this process, in order, and what it raises is a fault."""
-    with Checker(_InSandbox(), workers=3) as checker:
+def test_programs_are_checked_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task with a sandbox of its own is asked in this process, in order, and what it raises is a fault."""
+    monkeypatch.setattr(Programs, "check", lambda task, problem, answer: float(int(answer) == os.getpid()))
+    with Checker("programs", workers=3) as checker:
         verdicts = checker.check_all([(PROBLEM, str(os.getpid())), (PROBLEM, "x"), (PROBLEM, None), (PROBLEM, "1")])
     assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0]
     assert [bool(verdict.fault) for verdict in verdicts] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("base", ["Task", "Programs"])
+def test_a_task_cannot_claim_a_sandbox(tmp_path: Path, base: str) -> None:
+    """A user's task is stopped when its check hangs, whatever it says of itself and whatever it is derived from."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import time\n"
+        "from fathom.tasks import Problem, Task\n"
+        "from fathom.tasks.programs import Programs\n"
+        f"class Mine({base}):\n"
+        "    name = 'programs'\n    runs_programs = in_sandbox = True\n"
+        "    def problem(self, random, level):\n        return Problem('?')\n"
+        "    def check(self, problem, answer):\n        time.sleep(5 * (answer == 'hang'))\n        return 1.0\n"
+    )
+    with Checker(f"{file}:Mine", seconds=1.0, workers=1) as checker:
+        verdicts = checker.check_all([(PROBLEM, "hang"), (PROBLEM, "42")])
+    assert [verdict.score for verdict in verdicts] == [0.0, 1.0]
+    assert "its check took over 1 s" in verdicts[0].fault

@@ -116,6 +116,20 @@ def test_rows_without_split_are_divided_by_hash(tmp_path: Path) -> None:
     assert 5 < len(held_out) < 40
 
 
+def test_questions_that_differ_in_case_or_space_are_never_divided(tmp_path: Path) -> None:
+    """The hash puts both on one side, so that no held-out question was trained on in another dress."""
+    rows = [
+        {"question": form.format(n), "answer": n} for n in range(200) for form in ("What is {}?", " what  IS {}?\n")
+    ]
+    task = open_task(_file(tmp_path, *rows))
+    train, held_out = (
+        {" ".join(p.question.split()).lower() for p in itertools.islice(task.problems(split), 4000)}
+        for split in ("train", "held-out")
+    )
+    assert not train & held_out
+    assert held_out
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -132,6 +146,14 @@ def test_rows_without_split_are_divided_by_hash(tmp_path: Path) -> None:
         ([{"question": "a", "answer": True}], "rows.jsonl:1: 'answer' is true, not a text"),
         ([{"question": "", "answer": "1"}], "rows.jsonl:1: 'question' is \"\", not a text"),
         ([{"question": "a", "answer": "so ####"}], "rows.jsonl:1: 'answer' is empty"),
+        (['{"question": "a", "answer": "\\ud800"}'], r"rows.jsonl:1: '\ud800' is half a character"),
+        (
+            ['{"question": "a", "answer": "1"}', '{"question": "\\udc00", "answer": "1"}'],
+            r"rows.jsonl:2: '\udc00' is half",
+        ),
+        (['{"question": "a", "answer": 1e400}'], "rows.jsonl:1: 'answer' is larger than any number"),
+        (['{"question": "a", "answer": NaN}'], "rows.jsonl:1: not JSON: NaN is no number"),
+        (['{"question": "a", "answer": -Infinity}'], "rows.jsonl:1: not JSON: -Infinity is no number"),
         ([{"question": "a", "answer": "1", "level": 0}], "rows.jsonl:1: 'level' = 0"),
         ([{"question": "a", "answer": "1", "level": "hard"}], "rows.jsonl:1: 'level' = 'hard'"),
         ([{"question": "a", "answer": "1", "split": "dev"}], "rows.jsonl:1: 'split' = 'dev'"),
@@ -144,6 +166,13 @@ def test_rows_without_split_are_divided_by_hash(tmp_path: Path) -> None:
         (
             [{"question": "a", "answer": "1", "split": "train"}, {"question": "a", "answer": "1", "split": "test"}],
             "a question is both for training and held out: 'a'",
+        ),
+        (
+            [
+                {"question": "Same?\t", "answer": "1", "split": "test"},
+                {"question": " same? ", "answer": "1", "split": "train"},
+            ],
+            "a question is both for training and held out: 'Same?",
         ),
     ],
 )

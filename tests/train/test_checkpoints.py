@@ -18,7 +18,8 @@ import fathom.train.writer as writer_module
 from fathom.config import PretrainRecipe
 from fathom.data import TokenDataset
 from fathom.errors import UserError
-from fathom.train.run import RunFolder, latest, newest_model
+from fathom.model.checkpoint import write_model
+from fathom.train.run import RunFolder, latest, model_folder, newest_model
 from fathom.train.state import Contents, Progress, checkpoints, damage, read_checkpoint, sweep, write_checkpoint
 from fathom.train.writer import CheckpointWriter
 from tests.model import configs
@@ -206,6 +207,16 @@ def test_newest_model_of_a_run(contents: Contents, tmp_path: Path) -> None:
     assert newest_model(tmp_path) == tmp_path / "checkpoints/step_00000009"
     DAMAGES["no manifest"](tmp_path / "checkpoints/step_00000009")
     assert newest_model(tmp_path) == tmp_path / "checkpoints/step_00000010"
+
+
+def test_best_model_of_a_run(contents: Contents, tmp_path: Path) -> None:
+    """A run's folder `best` stands for the model in it, and the run itself still for its newest checkpoint."""
+    write_checkpoint(RunFolder(tmp_path).checkpoints, at(contents, 10))
+    target = tmp_path / "best" / "step_00000009"
+    target.mkdir(parents=True)
+    write_model(target, contents.config, contents.weights, tokenizer=contents.tokenizer, dtype="float32")
+    assert model_folder(tmp_path / "best") == target
+    assert model_folder(tmp_path) == tmp_path / "checkpoints/step_00000010"
 
 
 def test_twenty_kills_while_writing(data: Path, tmp_path: Path) -> None:

@@ -288,8 +288,8 @@ def test_sequence_longer_than_the_context_is_refused(recipe: PretrainRecipe) -> 
         PretrainRecipe.parse(values, where="recipe.toml")
 
 
-def test_sigterm_exits_zero_and_says_how_to_go_on(recipe: PretrainRecipe, tmp_path: Path) -> None:
-    """The command, told to stop, exits 0 with a whole checkpoint and the command that resumes."""
+def test_sigterm_says_how_to_go_on_and_begins_nothing_else(recipe: PretrainRecipe, tmp_path: Path) -> None:
+    """The command, told to stop, leaves a whole checkpoint, says which command resumes, and exits 130 for `&&`."""
     recipe = with_train(recipe, steps=100_000).replace(eval={"every": 100_000, "sample_tokens": 0})
     file = tmp_path / "recipe.toml"
     file.write_text(dump_recipe(recipe.replace(checkpoint={"every": 100_000})))
@@ -302,7 +302,7 @@ def test_sigterm_exits_zero_and_says_how_to_go_on(recipe: PretrainRecipe, tmp_pa
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    assert process.returncode == 130, said
     last = json.loads(written.read_text().splitlines()[-1])["step"]
     assert damage(tmp_path / f"runs/run/checkpoints/step_{last:08d}") is None
     assert re.search(r"go on with: .*fathom(\.cli)? pretrain runs/run/recipe\.toml --resume", said)

@@ -21,7 +21,7 @@ from fathom.errors import UserError
 from fathom.model.checkpoint import save_model
 from fathom.model.transformer import Transformer
 from fathom.tasks.catalogue import open_task
-from fathom.train import learner
+from fathom.train import learner, rl_evaluate
 from fathom.train.metrics import read_metrics
 from fathom.train.rl import train_rl
 from fathom.train.run import RunResult
@@ -237,17 +237,6 @@ def test_what_is_rewarded_becomes_likelier(recipe: RLRecipe, tmp_path: Path) -> 
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
-def test_equal_rewards_teach_nothing_and_are_said(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
-    """Where every group's rewards are equal, weights stay as they are, nothing is divided by zero, and it is said."""
-    recipe = changed(recipe, {"rewards": {"accuracy": 0.0}, "rollout": {"resample": 1}})
-    result, said = run(recipe, tmp_path)
-    assert "all rewards of every group are equal" in said
-    before = module.load(start / "model", dtype="float32")[0].state_dict()
-    after = module.read_checkpoint(result.checkpoint).model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(line["loss"] == 0 and line["uninformative"] == 1 for line in lines(result) if line["kind"] == "train")
-
-
 @pytest.mark.parametrize("task", ["Raises", "NotANumber"])
 def test_a_broken_check_scores_zero_and_is_counted(recipe: RLRecipe, start: Path, task: str, tmp_path: Path) -> None:
     """A check that raises, or gives no number, ends no run: its answers score 0, and the first fault is said, once.
@@ -307,16 +296,6 @@ def test_a_model_that_cannot_be_asked_is_refused_before_anything_is_written(reci
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_best_model_is_kept(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`best` holds the one model folder of the evaluation with the highest pass@1, and it opens."""
-    scores = iter([0.1, 0.4, 0.2])
-    monkeypatch.setattr(module, "_evaluate", lambda *a, **k: ({"pass@1": next(scores), "accuracy": 0.0}, []))
-    result, _ = run(changed(recipe, {"eval": {"probe": False}}), tmp_path)
-    (best,) = (result.folder / "best").iterdir()
-    assert best.name == "step_00000002"
-    module.load(best, dtype="float32")
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_step_is_measured(recipe: RLRecipe, temperature: float, tmp_path: Path) -> None:
     """The metrics that tell learning from gaming are there for every step, and the engine agrees with the trainer, at
@@ -346,7 +325,7 @@ def test_a_probe_that_cannot_be_made_says_why(recipe: RLRecipe, changes: dict, t
     """Where the base cannot be made to think and to guess nothing is drawn, and one line has the reason."""
     tokenizer = SimpleNamespace(encode=lambda text, special: tag)
     said: list[str] = []
-    assert module._probe(None, changed(recipe, changes), [], tokenizer, said.append) == {}
+    assert rl_evaluate._probe(None, changed(recipe, changes), [], tokenizer, said.append) == {}
     (line,) = said
     assert why in line
 
@@ -464,7 +443,7 @@ def test_whatever_ends_a_run_costs_no_step(recipe: RLRecipe, tmp_path: Path, mon
             raise MemoryError
         return {"pass@1": 0.0, "accuracy": 0.0}, []
 
-    monkeypatch.setattr(module, "_evaluate", fails)
+    monkeypatch.setattr(rl_evaluate, "_evaluate", fails)
     with pytest.raises(MemoryError):
         run(changed(recipe, {"checkpoint": {"every": 99}, "eval": {"probe": False}}), tmp_path)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
@@ -491,6 +470,10 @@ def test_an_overwritten_run_leaves_no_best_model(recipe: RLRecipe, tmp_path: Pat
         ({"task": {"start": 3}}, "start"),
         ({"prompt": {"template": "no question"}}, "question"),
         ({"rewards": {"accuracy": 1e39}}, "accuracy"),
+        ({"rewards": {"accuracy": 0.0}}, "nothing to learn; give one a weight"),
+        ({"rewards": {"layout": "boxed"}}, "'rewards.layout' = 'boxed': is a table, .*: form, thoughts"),
+        ({"loss": {"preset": ["dapo"]}}, "loss.preset .* is unknown.*: r1, dapo"),
+        ({"task": {"check_seconds": 1e9}}, "check_seconds"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(recipe: RLRecipe, changes: dict, message: str) -> None:

@@ -57,8 +57,11 @@ class Moody(Task):
             raise RuntimeError("no idea")
         if length == 3:
             return math.nan
-        if length > 4 and not HUNG.exists():
-            HUNG.touch()
+        if length > 4:
+            try:
+                HUNG.touch(exist_ok=False)
+            except FileExistsError:
+                return float(length % 2)
             while True:
                 pass
         return float(length % 2)
@@ -147,10 +150,10 @@ def test_a_check_that_hangs_raises_or_gives_no_number(
         return scored
 
     monkeypatch.setattr(module.Roller, "score", score)
-    task = {"name": f"{rules}:Moody", "levels": 1, "check_seconds": 0.5}
+    task = {"name": f"{rules}:Moody", "levels": 1, "check_seconds": 3}
     result, _ = run(changed(recipe, {**QUIET, "task": task}), tmp_path / "runs")
     assert result.step == 4
-    for words in ("no idea", "nan", "took over 0.5 s"):
+    for words in ("no idea", "nan", "took over 3 s"):
         assert any(words in fault for fault in faults), words
     assert sum("took over" in fault for fault in faults) == 1
     found = lines(result)

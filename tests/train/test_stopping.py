@@ -22,7 +22,8 @@ from fathom.model.checkpoint import save_model
 from fathom.model.transformer import Transformer
 from fathom.report.measurements import Measurements
 from fathom.tasks.checker import Checker
-from fathom.tasks.task import Problem, Task
+from fathom.tasks.programs import Programs
+from fathom.tasks.task import Problem
 from fathom.train.metrics import MetricsLog, read_metrics
 from fathom.train.rollout import draw
 from fathom.train.run import RunFolder, RunResult
@@ -94,25 +95,13 @@ def test_checks_under_way_are_ended() -> None:
         assert all(process.returncode is not None for process in processes)
 
 
-class _Programs(Task):
-    """Counts its checks, which run in this process."""
-
-    runs_programs = True
-    made = 0
-
-    def problem(self, random, level):
-        raise NotImplementedError
-
-    def check(self, problem: Problem, answer: str) -> float:
-        _Programs.made += 1
-        return 0.0
-
-
-def test_no_program_is_begun_after_a_stop() -> None:
+def test_no_program_is_begun_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the programs that wait to be run none is run any more."""
-    with Checker(_Programs(), workers=1, heed=after(3)) as checker, pytest.raises(Stopped):
+    made: list[str] = []
+    monkeypatch.setattr(Programs, "check", lambda task, problem, answer: float(made.append(answer) or 0))
+    with Checker("programs", workers=1, heed=after(3)) as checker, pytest.raises(Stopped):
         checker.check_all([(Problem("?"), "1")] * 50)
-    assert _Programs.made == 2
+    assert len(made) == 2
 
 
 @pytest.fixture
@@ -135,7 +124,8 @@ def recipe(tmp_path: Path) -> RLRecipe:
 
 
 def test_ctrl_c_ends_the_command_and_leaves_a_report(recipe: RLRecipe, tmp_path: Path) -> None:
-    """The command, told to stop within a check, waits for nothing, exits 0, says how to go on, and names the report."""
+    """The command, told to stop within a check, waits for nothing, says how to go on, names the report, and exits 130,
+    so that nothing joined to it by `&&` begins."""
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
     command = [sys.executable, "-m", "fathom.cli", "rl", "recipe.toml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -147,7 +137,7 @@ def test_ctrl_c_ends_the_command_and_leaves_a_report(recipe: RLRecipe, tmp_path:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.returncode == 130, said
     assert re.search(r"stopped at step 0; go on with: .*rl runs/run/recipe\.toml --resume", said)
     assert said.splitlines()[-1] == "wrote runs/run/report.html"
     assert (tmp_path / "runs/run/report.html").is_file()

@@ -159,6 +159,20 @@ def test_groups_that_teach_are_dealt_out_evenly() -> None:
     assert update(learner(build(LLAMA), train={"mini_batches": 4}), few)["updates"] == 3
 
 
+def test_the_reference_is_renewed_when_the_recipe_says(groups: list[Group]) -> None:
+    """At step 0 and every `reference_every` steps it becomes the policy as it is before that step's update, and in
+    between it stays the same."""
+    ours = learner(build(LLAMA), loss={"kl": 0.1}, train={"reference_every": 3})
+    known = None
+    for step in range(7):
+        before = copy.deepcopy(ours.model.state_dict())
+        update(ours, groups)
+        found = ours.reference.state_dict()
+        if step % 3 == 0:
+            known = before
+        assert all(torch.equal(found[name], known[name]) for name in known)
+
+
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_what_has_no_weight_moves_nothing(kl: float) -> None:
     """A mini-batch of which all is left out, or whose advantages are 0, makes no step: after one that has made its own,

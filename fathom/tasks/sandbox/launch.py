@@ -19,7 +19,10 @@ Kind = Literal["bubblewrap", "none"]
 """`bubblewrap`: contained; `none`: limits and filter alone, the program sees and can write what its user can."""
 
 _HERE = Path(__file__).parent
-OTHERWISE = "or set task.sandbox to none (fathom rl … --task.sandbox none), which runs programs unprotected"
+OTHERWISE = (
+    "or take task.sandbox none (fathom rl … --task.sandbox none, fathom tasks try … --sandbox none), "
+    "which runs programs unprotected"
+)
 """What every refusal ends with."""
 _START_SECONDS = 60.0
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/nix/store")

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers
 
 from fathom.data import Tokenizer
-from fathom.serve.encoding import TemplateEncoder, _any_of
+from fathom.data.template_encoding import TemplateEncoder, _any_of
 from fathom.serve.prompt import Prompter
 from fathom.serve.schema import ChatForm
 from tests.serve.templates import CONTROL, HERMES, LLAMA, with_template

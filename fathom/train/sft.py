@@ -1,0 +1,338 @@
+"""Supervised fine-tuning: learn to say what conversations say (DeepSeek-R1 §2.3).
+
+Every answer is a tree of one branch in a forest (`fathom.model.forest`): packed behind others without padding, and no
+answer sees another. Only what assistants say is learnt; the loss is the mean over those tokens of a batch,
+-1/M Σ log p(token | all before it).
+
+Which answers a step reads is a function of the seed and the step, so a resumed run is the unbroken one. The router bias
+of a mixture of experts and the multi-token-prediction modules stay as they are, as in reinforcement learning.
+"""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fathom.config.sft import SFTRecipe
+from fathom.data.conversations import Turn, TurnEncoder, read_conversations
+from fathom.data.tokenizer import Tokenizer
+from fathom.engine.generate import generate_ids
+from fathom.engine.protocol import Sampling
+from fathom.errors import UserError
+from fathom.model.accounting import count_parameters
+from fathom.model.checkpoint import load
+from fathom.model.forest import Forest, Tree
+from fathom.model.token_logprobs import Head, logprobs_and_entropy
+from fathom.model.transformer import Transformer
+from fathom.report.command import fathom_command
+from fathom.report.tables import count
+from fathom.train.display import Display, describe
+from fathom.train.machine import device, use_bf16
+from fathom.train.metrics import MetricsLog
+from fathom.train.optimizers import Optimizer, build_optimizer
+from fathom.train.run import RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
+from fathom.train.schedule import cosine_lr_at
+from fathom.train.signals import StopRequest, sigterm_interrupts
+from fathom.train.state import Contents, Progress, read_checkpoint
+from fathom.train.writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is learnt, and what is kept to measure it by."""
+
+    train: list[Turn]
+    held_out: list[Turn]
+    too_long: int
+    """Answers left out for their length."""
+
+    def in_epochs(self, epochs: float) -> int:
+        """Answers that are read in so many epochs, at least one."""
+        return max(1, round(epochs * len(self.train)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal training answers in the same order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for turn in self.train:
+            digest.update(repr((turn.prompt_ids, turn.response_ids)).encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class Student:
+    """Everything that a step reads and changes."""
+
+    recipe: SFTRecipe
+    model: Transformer
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    progress: Progress
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this moment holds."""
+        return Contents(
+            config=self.model.config,
+            weights=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema=None,
+            progress=self.progress,
+            recipe=self.recipe,
+            tokenizer=self.tokenizer,
+        )
+
+
+def train_sft(
+    recipe: SFTRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    console: Console | None = None,
+    runs: Path = Path("runs"),
+) -> RunResult:
+    """Train as `recipe` says, in the folder `runs/<recipe.name>`; the switches are those of `pretrain`.
+
+    Raises `UserError` for everything a person can put right.
+    """
+    console = console or Console(stderr=True)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    say = Display(console, total=1, done=0).say
+    with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
+        checkpoint = find_checkpoint(
+            run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
+        )
+        student = _start(recipe, checkpoint)
+        answers = read_answers(recipe, student.tokenizer, context=student.model.config.max_position_embeddings)
+        _check_data(answers, student.progress, accept_changes)
+        begin_run(run, recipe, overwrite=overwrite)
+        if answers.too_long:
+            say(f"{answers.too_long} answers end after more than data.max_tokens = {recipe.data.max_tokens}: left out")
+        say(
+            f"run '{recipe.name}' in {run.path}: {count(len(answers.train))} answers of "
+            f"{count(sum(len(turn.response_ids) for turn in answers.train))} tokens, "
+            f"{len(answers.held_out)} held out, {count(count_parameters(student.model.config).total)} parameters"
+        )
+        total = math.ceil(answers.in_epochs(recipe.train.epochs) / recipe.train.batch)
+        with (
+            CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
+            MetricsLog(run, step=student.progress.step) as log,
+            Display(console, total=total, done=student.progress.step) as display,
+            StopRequest() as stop,
+        ):
+            course = _Course(student, answers, total, log, display)
+            if not log.evaluated:
+                course.evaluate_if_due()
+            saved = student.progress.step
+            while student.progress.step < total and not stop.asked:
+                course.step()
+                if student.progress.step == total or student.progress.step % recipe.checkpoint.every == 0:
+                    writer.save(student.contents())
+                    saved = student.progress.step
+                course.evaluate_if_due()
+                writer.check()
+            if saved < student.progress.step:
+                writer.save(student.contents())
+            writer.wait()
+            interrupted = student.progress.step < total
+            if interrupted:
+                again = f"{fathom_command()} sft {run.recipe} --resume"
+                display.say(f"stopped at step {student.progress.step}; go on with: {again}")
+    return RunResult(run.path, student.progress.step, newest_model(run.path), course.evaluation, interrupted)
+
+
+class _Course:
+    """The steps and evaluations of one session."""
+
+    def __init__(self, student: Student, answers: Answers, total: int, log: MetricsLog, display: Display) -> None:
+        self._student, self._answers, self._total = student, answers, total
+        self._log, self._display = log, display
+        self.evaluation: dict[str, float] = {}
+
+    def step(self) -> None:
+        """One optimizer step, and what is said of it."""
+        student, recipe = self._student, self._student.recipe
+        progress, train = student.progress, recipe.train
+        began = time.perf_counter()
+        lr = cosine_lr_at(progress.step, self._total, train.warmup_steps, train.floor, recipe.optimizer.lr)
+        turns = batch_at(
+            self._answers.train, progress.step, train.batch, seed=recipe.seed, of=self._answers.in_epochs(train.epochs)
+        )
+        values = update(student, turns, lr)
+        seconds = time.perf_counter() - began
+        values |= {"lr": lr, "seconds": seconds, "tokens_per_second": sum(turn.rows for turn in turns) / seconds}
+        self._log.write("train", progress.step, values)
+        self._display.step(progress.step, values)
+        if values["skipped"]:
+            what = f"loss {values['loss']:.3g}, gradient norm {values['grad_norm']:.3g}"
+            if progress.bad_in_a_row >= train.max_bad_steps:
+                raise UserError(
+                    f"step {progress.step}: not finite ({what}), {progress.bad_in_a_row} in a row; lower optimizer.lr"
+                )
+            self._display.say(f"step {progress.step}: not finite ({what}), skipped")
+
+    def evaluate_if_due(self) -> None:
+        """The loss of held-out answers, and one of them as the model gives it."""
+        student, held_out = self._student, self._answers.held_out
+        step = student.progress.step
+        if not held_out or (step < self._total and step % student.recipe.eval.every):
+            return
+        began = time.perf_counter()
+        self.evaluation = {"loss": loss_of(student, held_out[: student.recipe.eval.answers])}
+        if student.recipe.eval.sample_tokens:
+            self._write_sample(held_out[0])
+        took = {"seconds": time.perf_counter() - began}
+        self._log.write("eval", step, self.evaluation | took)
+        self._display.say(f"step {step}: held out  {describe(self.evaluation)}")
+
+    def _write_sample(self, turn: Turn) -> None:
+        student = self._student
+        ids = generate_ids(
+            student.model,
+            turn.prompt_ids,
+            max_tokens=student.recipe.eval.sample_tokens,
+            sampling=Sampling(temperature=0.0),
+            stop_ids=student.tokenizer.eos_token_ids,
+        )
+        prompt, answer = (student.tokenizer.decode(tokens) for tokens in (turn.prompt_ids, list(ids)))
+        self._log.write_sample(student.progress.step, prompt, answer)
+
+
+def read_answers(recipe: SFTRecipe, tokenizer: Tokenizer, *, context: int) -> Answers:
+    """All answers of the recipe's files. Raises `UserError` where none is left to be learnt."""
+    data, encoder = recipe.data, TurnEncoder(tokenizer)
+    longest = min(data.max_tokens, context)
+    train: list[Turn] = []
+    held_out: list[Turn] = []
+    too_long = 0
+    for file in data.files:
+        for conversation in read_conversations(Path(file)):
+            side = held_out if _is_held_out(conversation.question, data.held_out) else train
+            for turn in encoder.turns(conversation.with_system(data.default_system)):
+                if turn.rows > longest:
+                    too_long += 1
+                else:
+                    side.append(turn)
+    if not train:
+        why = f"all {too_long} answers end after more than {longest} tokens" if too_long else "the files hold no answer"
+        raise UserError(f"data.files: nothing to train on: {why}; see data.max_tokens and data.held_out")
+    return Answers(train, held_out, too_long)
+
+
+def batch_at(turns: Sequence[Turn], step: int, batch: int, *, seed: int, of: int) -> list[Turn]:
+    """The answers of a step, of `of` in all: each once an epoch, in an order of the epoch's own; the last step takes
+    what is left."""
+    first, last = step * batch, min((step + 1) * batch, of)
+    found = []
+    for epoch in range(first // len(turns), (last - 1) // len(turns) + 1):
+        order = list(range(len(turns)))
+        random.Random(f"{seed} epoch {epoch}").shuffle(order)
+        begin = epoch * len(turns)
+        found += [turns[order[place - begin]] for place in range(max(first, begin), min(last, begin + len(turns)))]
+    return found
+
+
+def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]:
+    """One optimizer step on `turns`. Returns its metrics; `skipped` says that nothing was changed."""
+    model, progress, recipe = student.model, student.progress, student.recipe
+    learnt = sum(len(turn.response_ids) for turn in turns)
+    head, loss, entropy = _head(model), 0.0, 0.0
+    for piece in packed(turns, recipe.train.rows):
+        logprobs, entropies = _score(model, head, piece)
+        piece_loss = -logprobs.sum() / learnt
+        piece_loss.backward()
+        loss += float(piece_loss.detach())
+        entropy += float(entropies.sum()) / learnt
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = float(get_total_norm([p.grad for p in parameters]))
+    skipped = not (math.isfinite(norm) and math.isfinite(loss))
+    if not skipped:
+        clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
+        student.optimizer.step(lr)
+    student.optimizer.zero_grad()
+    progress.step += 1
+    progress.tokens += learnt
+    progress.bad_steps += skipped
+    progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
+    return {"loss": loss, "entropy": entropy, "grad_norm": norm, "skipped": skipped, "tokens": progress.tokens}
+
+
+@torch.no_grad()
+def loss_of(student: Student, turns: Sequence[Turn]) -> float:
+    """Mean loss of the answers' tokens, in nats."""
+    head, total = _head(student.model), 0.0
+    for piece in packed(turns, student.recipe.train.rows):
+        total -= float(_score(student.model, head, piece)[0].sum())
+    return total / sum(len(turn.response_ids) for turn in turns)
+
+
+def packed(turns: Sequence[Turn], rows: int) -> Iterator[list[Turn]]:
+    """Neighbouring answers, as many as `rows` tokens hold but at least one."""
+    piece: list[Turn] = []
+    taken = 0
+    for turn in turns:
+        if piece and taken + turn.rows > rows:
+            yield piece
+            piece, taken = [], 0
+        piece.append(turn)
+        taken += turn.rows
+    yield piece
+
+
+def _score(model: Transformer, head: Head, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of every token of the answers."""
+    on = model.model.embed_tokens.weight.device
+    forest = Forest.plant([Tree(turn.prompt_ids, [turn.response_ids]) for turn in turns], on)
+    hidden, _ = model.forest_states(forest)
+    return logprobs_and_entropy(hidden[forest.sources], head, forest.targets, 1.0)
+
+
+def _head(model: Transformer) -> Head:
+    weight = model.lm_head.weight
+    return Head.of(weight, model.compute_dtype or weight.dtype)
+
+
+def _is_held_out(question: str, share: float) -> bool:
+    digest = hashlib.blake2b(" ".join(question.split()).casefold().encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+def _check_data(answers: Answers, progress: Progress, accept_changes: bool) -> None:
+    """Raise `UserError` where a resumed run would read other answers than before."""
+    now, before = answers.fingerprint, progress.data.get("fingerprint")
+    if before is not None and before != now and not accept_changes:
+        raise UserError(
+            "data.files: their answers are not those that this run began with; put them back, give the run another "
+            "--name, or insist with --accept-changes"
+        )
+    progress.data = {"fingerprint": now}
+
+
+def _start(recipe: SFTRecipe, checkpoint: Path | None) -> Student:
+    """A run's beginning, or where `checkpoint` left it."""
+    if checkpoint is None:
+        model, tokenizer = load(model_folder(recipe.model), dtype="float32")
+        progress, optimizer_state = Progress(), None
+    else:
+        resumed = read_checkpoint(checkpoint)
+        model, progress, optimizer_state = resumed.model, resumed.progress, resumed.optimizer
+        tokenizer = Tokenizer.from_folder(checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{recipe.model}: has no tokenizer, without which it reads no conversation")
+    model = model.to(device())
+    model.compute_dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
+    for module in model.mtp:
+        module.requires_grad_(False)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    return Student(recipe, model, tokenizer, optimizer, progress)
