@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import fathom
 from fathom.errors import INTERRUPTED, UserError, nearest
+from fathom.evaluate.command import add_evaluation, run_evaluation
 from fathom.options import add_model, open_for_text, open_model, positive, say_opening
 from fathom.serve.command import add_service, serve
 from fathom.tasks.command import add_tasks
@@ -179,6 +180,14 @@ def _recipe_kind(name: str) -> "type[Recipe]":
         from fathom.config.sft import SFTRecipe
 
         return SFTRecipe
+    if name == "recipe":
+        from fathom.config.pipeline import Pipeline
+
+        return Pipeline
+    if name == "synth":
+        from fathom.config.synth import SynthRecipe
+
+        return SynthRecipe
     from fathom.config import PretrainRecipe
 
     return PretrainRecipe
@@ -213,12 +222,22 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     pretrained = verb("pretrain", _pretrain, "train a model from a recipe", overrides="pretrain")
     learnt = verb("rl", _rl, "teach a model by rewards that a rule gives, as R1-Zero was", overrides="rl")
     tuned = verb("sft", _sft, "teach a model to say what conversations say", overrides="sft")
+    made = verb("synth", _synth, "write solutions to problems, and keep what a rule proves right", overrides="synth")
+    made.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
+    made.add_argument("--resume", action="store_true", help="go on without drawing again; filters may have changed")
+    made.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
+    made.add_argument("--dry-run", action="store_true", help="print the recipe and what will be drawn, and stop")
     for run in (pretrained, learnt, tuned):
         run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
         run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
         run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
         run.add_argument("--accept-changes", action="store_true", help="resume although the recipe has changed")
         run.add_argument("--dry-run", action="store_true", help="print the recipe and what it will take, and stop")
+
+    run = verb("recipe", _recipe, "make all stages of a pipeline, and measure after each", overrides="recipe")
+    run.add_argument("name", help="one of the pipelines in recipes/, such as r1")
+    run.add_argument("file", type=Path, nargs="?", help="a TOML file in its place")
+    run.add_argument("--redo", action="store_true", help="make stages again whose recipe has changed")
 
     data = verb("data", lambda _: data.print_help(), "build and check token shards")
     data_verbs = data.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
@@ -265,6 +284,9 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     add_model(run)
     add_service(run)
 
+    run = verb("eval", run_evaluation, "measure a model on held-out problems: how good, how sure, at what cost")
+    add_evaluation(run)
+
     run = verb("report", _report, "write what a run has measured as a page to read")
     run.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, finished or not")
     run.add_argument(
@@ -286,15 +308,17 @@ _OVERRIDES = ". Every field of the recipe can be changed: --section.field value;
 
 def _sections(kind: str) -> str:
     """Where the fields of a recipe are listed, for the end of a command's help."""
-    from fathom.config import PRESETS, Section
+    from fathom.config import PRESETS
     from fathom.config.policy import PRESETS as LOSSES
+    from fathom.config.section import section_at
 
-    fields = _recipe_kind(kind).model_fields.items()
-    sections = [name for name, f in fields if isinstance(f.annotation, type) and issubclass(f.annotation, Section)]
-    where, presets = ("loss", LOSSES) if kind == "rl" else ("model", PRESETS)
+    recipe = _recipe_kind(kind)
+    sections = [name for name in recipe.model_fields if section_at(recipe, [name])]
+    told = {"pretrain": ("model", PRESETS), "rl": ("loss", LOSSES)}.get(kind)
+    presets = f" Presets for --{told[0]}.preset: {', '.join(told[1])}." if told else ""
     return (
         f"'fathom {kind} RECIPE --dry-run' lists every field with its value and a sentence about it. Sections: "
-        f"{', '.join(sections)}; and --name, --seed. Presets for --{where}.preset: {', '.join(presets)}."
+        f"{', '.join(sections)}; and --name, --seed.{presets}"
     )
 
 
@@ -350,6 +374,30 @@ def _sft(options: argparse.Namespace) -> int:
     result = train_sft(
         recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
     )
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _synth(options: argparse.Namespace) -> int:
+    from fathom.config import read_recipe
+    from fathom.config.synth import SynthRecipe
+    from fathom.synth.factory import synthesize
+    from fathom.synth.plan import dry_run
+
+    recipe = read_recipe(options.recipe, options.overrides, SynthRecipe)
+    if options.dry_run:
+        dry_run(recipe)
+        return 0
+    result = synthesize(recipe, resume=options.resume, overwrite=options.overwrite)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    from fathom.config.pipeline import read_pipeline
+    from fathom.pipeline.run import run_pipeline
+    from fathom.quickstart import shipped_recipe
+
+    file = options.file or shipped_recipe(options.name)
+    result = run_pipeline(read_pipeline(file, options.overrides), file.parent, redo=options.redo)
     return INTERRUPTED if result.interrupted else 0
 
 

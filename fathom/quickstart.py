@@ -8,7 +8,7 @@ import fathom
 from fathom.config import PretrainRecipe, read_recipe
 from fathom.engine.generate import generate
 from fathom.engine.protocol import Sampling
-from fathom.errors import INTERRUPTED, UserError
+from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.model.accounting import count_parameters
 from fathom.report.command import fathom_command
 from fathom.report.tables import count, print_rows
@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 80
 
 def quickstart(overrides: list[str], *, fresh: bool) -> int:
     """Train `recipes/quickstart.toml`, or go on where it stopped; then samples and a table of results."""
-    recipe = read_recipe(_recipe_file(), overrides)
+    recipe = read_recipe(shipped_recipe("quickstart"), overrides)
     folder = Path("runs") / recipe.name
     resume = RunFolder(folder).recipe.exists() and not fresh
     result = pretrain(recipe, resume=resume, overwrite=fresh)
@@ -39,13 +39,15 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
     return 0
 
 
-def _recipe_file() -> Path:
-    """The recipe as shipped: inside an installed package, or beside it in a clone."""
+def shipped_recipe(name: str) -> Path:
+    """The recipe of that name as shipped: inside an installed package, or beside it in a clone. Raises `UserError`."""
     package = Path(fathom.__file__).parent
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if (folder / "quickstart.toml").exists():
-            return folder / "quickstart.toml"
-    raise UserError(f"{package}: recipes/quickstart.toml is missing; install Fathom again")
+    folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    for folder in folders:
+        if (file := folder / f"{name}.toml").is_file():
+            return file
+    known = sorted(file.stem for folder in folders for file in folder.glob("*.toml"))
+    raise UserError(f"recipes: no '{name}'{nearest(name, known)}; there are: {', '.join(known) or 'none'}")
 
 
 def _show_samples(checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fathom.config import read_recipe
-from fathom.quickstart import _recipe_file, _results
+from fathom.quickstart import _results, shipped_recipe
 from fathom.train.pretrain import RunResult
 
 
@@ -18,7 +18,7 @@ def test_results_name_what_they_are_of(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     result = RunResult(tmp_path, 2, tmp_path / "checkpoints/step_00000002")
-    rows = dict(_results(read_recipe(_recipe_file(), []), result))
+    rows = dict(_results(read_recipe(shipped_recipe("quickstart"), []), result))
     assert rows["expert balance"].startswith("MaxVio 0.14 on held-out text, 0.43 in the last training batch, 2.80 in")
     assert rows["of this machine"].startswith("40% of peak")
     assert rows["held-out loss"] == "4.380 nats per token (training loss of step 1: 8.300)"

@@ -7,6 +7,7 @@ the same recipe describes ten minutes on a laptop and two months on a cluster.
 import re
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -171,6 +172,8 @@ class EvalSection(Section):
 class Recipe(Section):
     """What every run has."""
 
+    VERB: ClassVar[str]
+    """The command that runs it."""
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]]
     """Fields and sections that do not enter the arithmetic: they may change when a run is resumed."""
     FIXED: ClassVar[tuple[str, ...]]
@@ -196,6 +199,7 @@ class Recipe(Section):
 class PretrainRecipe(Recipe):
     """Everything a pre-training run is."""
 
+    VERB: ClassVar[str] = "pretrain"
     # The data themselves are compared by fingerprint; the number of threads and compilation may change the last bit of
     # a sum, not what is being computed.
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
@@ -246,6 +250,16 @@ class PretrainRecipe(Recipe):
         return self
 
 
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` in the place of what they name, table by table."""
+    result = dict(values)
+    for key, value in changes.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = override(inner, value) if both else value
+    return result
+
+
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -264,7 +278,9 @@ def read_recipe(path: Path, overrides: list[str], kind: type[AnyRecipe] = Pretra
         raise UserError(f"{path}: cannot be read as a recipe ({error.strerror}){hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    flags = {key.replace("-", "_"): text for key, text in _pairs(overrides)}
+    if (verb := _verb_of(values)) not in (None, kind.VERB):
+        raise UserError(f"{path}: is a recipe for 'fathom {verb}'")
+    flags = {key.replace("-", "_"): text for key, text in flag_pairs(overrides)}
     for key, text in flags.items():
         _set(values, key, text, kind)
     return kind.parse(_unset(values, kind), where=str(path), flags=flags)
@@ -298,10 +314,26 @@ def _toml(value: Any) -> str:
     """One value on one line."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Section):
+        return f"{{ {', '.join(f'{name} = {_toml(own)}' for name, own in value)} }}"
     return tomli_w.dumps({"value": "none" if value is None else value}).removeprefix("value = ").rstrip("\n")
 
 
-def _pairs(words: list[str]) -> list[tuple[str, str]]:
+def _verb_of(values: Mapping[str, Any]) -> str | None:
+    """The command that a file is for, by what no other command's recipe has; None where nothing tells."""
+    data = values.get("data")
+    marks = {
+        "recipe": "stages" in values,
+        "rl": "task" in values,
+        "synth": "tasks" in values,
+        "sft": isinstance(data, dict) and "files" in data,
+        "pretrain": isinstance(values.get("model"), dict),
+    }
+    return next((verb for verb, found in marks.items() if found), None)
+
+
+def flag_pairs(words: list[str]) -> list[tuple[str, str]]:
+    """`--section.field value` and `--section.field=value` as pairs of field and text. Raises `UserError`."""
     pairs, rest = [], list(words)
     while rest:
         flag = rest.pop(0)
@@ -316,7 +348,7 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _value(text: str, annotation: Any) -> Any:
+def flag_value(text: str, annotation: Any) -> Any:
     """A TOML value where the text is one (numbers, true, lists) and the field can take it, else the text itself.
 
     A field that takes a list of texts takes one text as a list of one.
@@ -351,4 +383,4 @@ def _set(values: dict[str, Any], key: str, text: str, kind: type[Recipe]) -> Non
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"'--{key}': '{parent}' is not a section")
-    values[field] = _value(text, field_type(kind, path))
+    values[field] = flag_value(text, field_type(kind, path))

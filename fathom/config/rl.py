@@ -58,6 +58,11 @@ class PromptSection(Section):
         """The template of `zero` and `template`."""
         return R1_ZERO_TEMPLATE if self.style == "zero" else self.template
 
+    @property
+    def template_switches(self) -> dict[str, bool]:
+        """Variables of a chat template that opens thoughts itself where it is told to."""
+        return {"thinking": True, "enable_thinking": True} if self.opens_thought else {}
+
 
 class RolloutSection(Section):
     """How answers are drawn."""
@@ -143,6 +148,7 @@ class RLEvalSection(Section):
 class RLRecipe(Recipe):
     """Everything a reinforcement-learning run is."""
 
+    VERB: ClassVar[str] = "rl"
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
         "name", "train.threads", "train.steps", "train.max_bad_steps", "checkpoint", "eval", "rollout.retries",
         "rollout.endpoint_key_env", "task.check_seconds", "task.sandbox",

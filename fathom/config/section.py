@@ -137,7 +137,7 @@ def _explain(cls: type[BaseModel], error: ErrorDetails) -> str:
         return message
     if error["type"] == "model_type" and (table := section_at(cls, error["loc"])):
         names = ", ".join(table.model_fields)
-        return f"'{path}' = {_SHORT.repr(error['input'])}: is a table, so say which field ('{path}.…'): {names}"
+        return f"'{path}' is a table, not {_SHORT.repr(error['input'])}; say which field of it ('{path}.…'): {names}"
     if isinstance(error["input"], dict):  # the rule is between fields, and the message names those it is about
         return f"'{path}': {message}"
     return f"'{path}' = {_SHORT.repr(error['input'])}: {message}"

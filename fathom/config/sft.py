@@ -57,6 +57,7 @@ class SFTEvalSection(Section):
 class SFTRecipe(Recipe):
     """Everything a supervised fine-tuning run is."""
 
+    VERB: ClassVar[str] = "sft"
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
         "name", "train.threads", "train.max_bad_steps", "checkpoint", "eval",
     )  # fmt: skip

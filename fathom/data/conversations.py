@@ -7,13 +7,14 @@ Rows of JSON Lines or Parquet in the public forms:
     {"prompt": …, "completion": …}                                                           texts, or lists of messages
 
 An assistant's thought is `reasoning_content` (or `thinking`, `reasoning`), or stands in think tags before the rest of
-its `content`. What other keys a row has does not matter.
+its `content`. Rows in which assistants call tools are refused; what other keys a row has does not matter.
 
 Every answer of an assistant is one `Turn`: the chat template's text of all that came before it, with the opening of an
 answer, exactly as it would be asked at inference; and the answer, thought first, to the token that ends it.
 """
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from fathom.data.tokenizer import Tokenizer
 from fathom.errors import UserError
 
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_ROLES = ("system", "user", "assistant", "tool", "developer")
+_ROLES = ("system", "user", "assistant", "developer")
 
 Message = Mapping[str, Any]
 
@@ -82,6 +83,8 @@ class TurnEncoder:
         if not tokenizer.eos_token_ids:
             raise UserError("this model's folder names no token that ends a text (eos_token_id)")
         self._tokenizer, self._encoder = tokenizer, TemplateEncoder(tokenizer)
+        # An answer that no template writes itself, so that what follows it is found whatever the marker is made of.
+        self._nothing_else = secrets.token_hex(16)
 
     def turns(self, conversation: Conversation) -> list[Turn]:
         """Every answer of an assistant. Raises `UserError` where the template refuses the messages.
@@ -113,14 +116,14 @@ class TurnEncoder:
         else:
             response = content
         encode = self._encoder.encode
-        return Turn(encode(prompt), [*encode(response), self._end(before, content)])
+        return Turn(encode(prompt), [*encode(response), self._end(before)])
 
-    def _end(self, before: Sequence[Message], content: str) -> int:
+    def _end(self, before: Sequence[Message]) -> int:
         """The token that the template writes after an answer; where it writes none, the first that ends a text."""
         ends = self._tokenizer.eos_token_ids
-        said = [*before, {"role": "assistant", "content": content}]
+        said = [*before, {"role": "assistant", "content": self._nothing_else}]
         whole = self._tokenizer.apply_chat_template(said, add_generation_prompt=False)
-        tail = self._encoder.encode(whole[whole.rfind(content.strip()) + len(content.strip()) :])
+        tail = self._encoder.encode(whole.rpartition(self._nothing_else)[2])
         return next((token for token in tail if token in ends), ends[0])
 
 
@@ -146,6 +149,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except UnicodeDecodeError:
                     raise UserError(f"{path}:{number}: not UTF-8 text") from None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not JSON: {error.msg} (character {error.pos + 1})") from None
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: not JSON: {error}") from None
 
@@ -167,12 +172,17 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 def _messages(row: Any, where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a row is an object with 'messages', not {type(row).__name__}")
+    if row.get("tools"):
+        raise UserError(f"{where}: has 'tools', whose use is not learnt here; leave the row out")
     if row.get("messages") is not None:
         found = row["messages"]
     elif row.get("conversations") is not None:
         found = [_sharegpt(entry, where) for entry in _list(row["conversations"], "conversations", where)]
     elif row.get("prompt") is not None and row.get("completion") is not None:
-        found = [*_said(row["prompt"], "user"), *_said(row["completion"], "assistant")]
+        found = [
+            *_said(row["prompt"], "user", "prompt", where),
+            *_said(row["completion"], "assistant", "completion", where),
+        ]
     else:
         has = ", ".join(map(str, row)) or "nothing"
         raise UserError(f"{where}: no 'messages', 'conversations' or 'prompt' and 'completion'; the row has {has}")
@@ -184,12 +194,12 @@ def _messages(row: Any, where: str) -> Iterator[dict[str, Any]]:
     yield from found
 
 
-def _said(text: Any, role: str) -> Sequence[Any]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+def _said(value: Any, role: str, key: str, where: str) -> Sequence[Any]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _list(value, key, where)
 
 
 def _sharegpt(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping) or entry.get("from") not in _SHAREGPT:
+    if not isinstance(entry, Mapping) or entry.get("from") not in list(_SHAREGPT):
         raise UserError(f"{where}: 'conversations' has entries with 'from' ({', '.join(_SHAREGPT)}) and 'value'")
     return {"role": _SHAREGPT[entry["from"]], "content": entry.get("value")}
 
@@ -202,7 +212,10 @@ def _list(found: Any, key: str, where: str) -> Sequence[Any]:
 
 def _checked(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-        raise UserError(f"{where}: a message has a 'role' ({', '.join(_ROLES)}) and 'content'")
+        role = message.get("role") if isinstance(message, Mapping) else None
+        raise UserError(f"{where}: a message has a 'role' ({', '.join(_ROLES)}), not {role!r}, and 'content'")
+    if message.get("tool_calls"):
+        raise UserError(f"{where}: an assistant calls tools, which is not learnt here; leave the row out")
     kept = {key: value for key, value in message.items() if value is not None}
     thought = next((kept.pop(key) for key in REASONING_FIELDS if kept.get(key)), "")
     content = kept.get("content", "")
@@ -218,4 +231,6 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
             thought, _, content = content.lstrip().removeprefix(OPENING).partition(CLOSING)
         if not content.strip():
             raise UserError(f"{where}: an assistant's message says nothing; leave the row out")
+        if content.lstrip().startswith(OPENING):
+            raise UserError(f"{where}: an assistant's message opens {OPENING} and does not close it, or twice")
     return kept | {"content": content} | ({"reasoning_content": thought} if thought else {})

@@ -57,7 +57,11 @@ def final_answer(text: str) -> str:
     if it says no more), else all of it.
     Numbers lose thousands commas and trailing zeros; case, spaces, dollar signs and final full stops do not count.
     """
-    answer = next((found for found in (_last_boxed(text), _last_marked(text)) if found is not None), text)
+    return one_spelling(next((found for found in (_last_boxed(text), _last_marked(text)) if found is not None), text))
+
+
+def one_spelling(answer: str) -> str:
+    """`answer` as `final_answer` spells what it finds: equal for equal answers."""
     answer = " ".join(answer.replace("$", "").replace("**", "").split()).rstrip(".").strip().casefold()
     if len(answer) > _LONGEST_NUMBER:
         return answer

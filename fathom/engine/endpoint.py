@@ -200,7 +200,8 @@ class Endpoint:
         listed = ", ".join(f"'{name}'" for name in names[:10]) or "none"
         if wanted is None:
             raise UserError(
-                f"{where}: say which model is meant (model, in a recipe rollout.endpoint_model); it has {listed}"
+                f"{where}: say which model is meant (model, --model-name, in a recipe rollout.endpoint_model); it has "
+                f"{listed}"
             )
         if wanted not in names:
             raise UserError(f"{where}: there is no model '{wanted}'{nearest(wanted, names)}; it has {listed}")
@@ -229,6 +230,12 @@ class Endpoint:
                         yield self._event(data, where)
                     elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
                         raise Refused(f"{where}: sent what is no stream of events: {_quoted(line)}")
+
+    async def whole(self, path: str, body: dict[str, Any], kind: type[_Model]) -> _Model:
+        """What `path` answers to `body`, all at once. Raises `Dropped` and `Refused`."""
+        where = f"{self.url}/{path}"
+        async with self._answer("POST", where, body) as answer:
+            return _parsed(kind, await _body(answer, where), where)
 
     async def patiently(
         self, attempt: Callable[[], Awaitable[_Value]], progress: Callable[[], int] = lambda: 0
@@ -296,7 +303,7 @@ class Endpoint:
         if reason := _reason(body):
             told = f"{told}: {reason}"
         if status in _OF_KEY:
-            told = f"{told}; give the server's key (api_key_env, in a recipe rollout.endpoint_key_env)"
+            told = f"{told}; give the server's key (api_key_env, --key-env, in a recipe rollout.endpoint_key_env)"
         if status in _RETRIED:
             return Dropped(told, wait_seconds=_retry_after(answer.headers.get("retry-after", "")))
         return Refused(told, "request" if status in _OF_REQUEST else "engine")
@@ -323,7 +330,7 @@ def _base(url: str) -> str:
     if parts.username or parts.password:
         raise UserError(
             "url (in a recipe rollout.endpoint): has a name or password in it; put the key into an environment "
-            "variable, and give that one's name (api_key_env, in a recipe rollout.endpoint_key_env)"
+            "variable, and give that one's name (api_key_env, --key-env, in a recipe rollout.endpoint_key_env)"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
@@ -335,13 +342,13 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            "api_key_env (in a recipe rollout.endpoint_key_env): there is no such environment variable, or it is "
-            "empty; give its name, not the key"
+            "api_key_env (--key-env, in a recipe rollout.endpoint_key_env): there is no such environment variable, or "
+            "it is empty; give its name, not the key"
         )
     if not _KEY.fullmatch(key):
         raise UserError(
-            "api_key_env (in a recipe rollout.endpoint_key_env): the key in this environment variable has white space "
-            "in it or is not ASCII; put the key alone there"
+            "api_key_env (--key-env, in a recipe rollout.endpoint_key_env): the key in this environment variable has "
+            "white space in it or is not ASCII; put the key alone there"
         )
     return key
 

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fathom.kernels import ops, training
 from fathom.kernels.panels import Packed, pack
+from fathom.model.transformer import Transformer
 
 CHUNK = 256
 KEPT_BYTES = 1 << 28
@@ -48,6 +49,12 @@ class Head:
         rounded = weight.detach().to(dtype)
         packed = pack(rounded) if dtype is torch.bfloat16 and ops.usable(rounded) else None
         return cls(weight, rounded, packed)
+
+    @classmethod
+    def of_model(cls, model: Transformer) -> Self:
+        """That of `model`, in the precision that it computes in."""
+        weight = model.lm_head.weight
+        return cls.of(weight, model.compute_dtype or weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, d] -> [N, V], products of hidden's precision whose sums are not rounded."""

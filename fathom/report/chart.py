@@ -41,6 +41,8 @@ class Series:
     """With a dot at every point: for what is measured now and then."""
     second: bool = False
     """Read off the right-hand axis."""
+    intervals: tuple[tuple[float, float, float], ...] = ()
+    """A step, and from where to where the value may lie: an upright stroke."""
 
     @property
     def known(self) -> list[tuple[float, float]]:
@@ -120,7 +122,9 @@ def _layout(chart: Chart, width: float, height: float, alone: bool) -> tuple[Sca
     top, bottom = _head(alone) + rows * ROW + ROW + 13, height - 2 * ROW - 4
 
     def fit(axis: Axis, *, second: bool) -> Scale:
-        values = [value for series in chart.series if series.second is second for _, value in series.known]
+        lines = [series for series in chart.series if series.second is second]
+        values = [value for series in lines for _, value in series.known]
+        values += [end for series in lines for _, *ends in series.intervals for end in ends]
         level = [] if second or chart.level is None else [chart.level[1]]
         return scale(axis, values + level, bottom, top)
 
@@ -170,6 +174,8 @@ def _line(series: Series, number: int, x: Scale, y: Scale, axis: Axis) -> Iterat
             pieces.append("M" + "L".join(places))
             dots += places if series.marked or len(places) == 1 else []
     yield f'<path class="{_kind(series, number)}" d="{"".join(pieces)}"/>'
+    for step, low, high in series.intervals:
+        yield f'<path class="interval s{number}" d="M{x(step):.1f},{y(low):.1f}V{y(high):.1f}"/>'
     for place in dots:
         cx, _, cy = place.partition(",")
         yield f'<circle class="dot s{number}" cx="{cx}" cy="{cy}" r="3"/>'

@@ -79,6 +79,8 @@ def _problem(line: str, where: str) -> Problem:
         raise UserError(
             f"{where}: {half} is half a character and no text; write both halves, or the character"
         ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -113,6 +115,8 @@ def _text(row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {key!r} is larger than any number that a computer keeps; write it as a text")
         return str(value)
+    if value == "":
+        raise UserError(f"{where}: {key!r} is empty")
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a text")
     return value
@@ -136,6 +140,10 @@ def _check_splits(problems: list[Problem], path: Path) -> None:
     given = {problem.split for problem in problems}
     if None in given and len(given) > 1:
         raise UserError(f"{path}: some rows have 'split' and some have none; give it to all or to none")
+    answers: dict[str, str] = {}
+    for problem in problems:
+        if answers.setdefault(problem.key, problem.answer) != problem.answer:
+            raise UserError(f"{path}: a question has two different answers; leave one out: {problem.question[:60]!r}")
     held_out = {problem.key: problem.question for problem in problems if problem.split == "held-out"}
     if both := next((held_out[p.key] for p in problems if p.split == "train" and p.key in held_out), None):
         raise UserError(f"{path}: a question is both for training and held out: {both[:60]!r}")

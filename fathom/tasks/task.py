@@ -105,7 +105,11 @@ class Task(ABC):
                 missed = 0
                 yield problem
             elif (missed := missed + 1) == _PATIENCE:
-                raise UserError(f"task {self.called}: level {level} has too few different problems: none is {split}")
+                side = "held out" if split == "held-out" else "for training"
+                raise UserError(
+                    f"task {self.called}: level {level} has too few different problems, none of them {side}; make "
+                    "more, or say of each which it is (split)"
+                )
 
     def _one(self, source: random.Random, level: int) -> Problem:
         try:

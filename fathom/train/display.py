@@ -18,9 +18,9 @@ ALWAYS = ("step", "loss", "reward", "tokens_per_second", "left")
 class Display:
     """Shows progress on `console`. Use as a context."""
 
-    def __init__(self, console: Console, *, total: int, done: int) -> None:
-        """`total` steps of which `done` were made before this session."""
-        self._console, self._total, self._first = console, total, done
+    def __init__(self, console: Console, *, total: int, done: int, unit: str = "step") -> None:
+        """`total` steps, or whatever `unit` calls them, of which `done` were made before this session."""
+        self._console, self._total, self._first, self._unit = console, total, done, unit
         self._live = Progress(BarColumn(bar_width=BAR_WIDTH), TextColumn("{task.description}"), console=console)
         self._task = self._live.add_task("", total=total, completed=done)
         self._began: float | None = None
@@ -48,7 +48,7 @@ class Display:
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """After each step, with its training metrics."""
-        parts = {"step": f"step {step}/{self._total}", **_words(values)}
+        parts = {"step": f"{self._unit} {step}/{self._total}", **_words(values)}
         now = time.monotonic()
         if self._began is None:
             # The first step of a session compiles and warms up: time left is counted from its end.

@@ -6,7 +6,7 @@ are all equal give no gradient and are left out of it, unless a KL term asks for
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fathom.config.rl import RLRecipe
 from fathom.data.tokenizer import Tokenizer
-from fathom.errors import UserError
 from fathom.model.forest import Forest, Tree
 from fathom.model.token_logprobs import Head, logprobs_and_entropy
 from fathom.model.transformer import Transformer
 from fathom.train.grpo import PolicyBatch, PolicyReport, completion_weights, group_advantages, policy_loss
+from fathom.train.numbers import require_numbers
 from fathom.train.optimizers import Optimizer
+from fathom.train.packing import packed
 from fathom.train.rollout import Group
 from fathom.train.schedule import constant_lr_at
 from fathom.train.state import Contents, Progress, State
-
-
-class NoNumbers(UserError):
-    """What was learnt is lost: no checkpoint of it may take the place of a good one."""
 
 
 @dataclass
@@ -96,11 +93,8 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
             learner.optimizer.step(lr)
             updates += 1
         learner.optimizer.zero_grad()
-    if batches and not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
-        raise NoNumbers(
-            f"step {progress.step + 1}: the weights are no longer numbers; lower optimizer.lr and go on from the last "
-            "checkpoint with --resume --accept-changes"
-        )
+    if batches:
+        require_numbers(model, progress.step + 1)
     skipped = updates < len(batches)
     progress.step += 1
     progress.tokens += 0 if report is None else int(report.tokens)
@@ -117,7 +111,7 @@ def observe(learner: Learner, groups: Sequence[Group]) -> dict[str, float]:
     of as many of `groups` as one forward pass takes, and what only an update moves is at rest: ratio 1, clipped 0."""
     recipe = learner.recipe
     first = itertools.accumulate((len(group.rollouts) for group in groups), initial=0)
-    part = next(_packed(list(zip(groups, first, strict=False)), recipe.train.rows))
+    part = next(_packed(zip(groups, first, strict=False), recipe.train.rows))
     piece = _piece(part, learner)
     logprobs, entropy = _Scorer.of(learner.model, recipe)(piece)
     batch = PolicyBatch(
@@ -211,19 +205,8 @@ class _MiniBatch:
         return policy_loss(logprobs, batch, recipe.loss)
 
 
-def _packed(groups: Sequence[tuple[Group, int]], rows: int) -> Iterator[list[tuple[Group, int]]]:
-    """Neighbouring groups, as many as `rows` tokens hold but at least one."""
-    part: list[tuple[Group, int]] = []
-    taken = 0
-    for group, first in groups:
-        size = _tree(group).rows
-        if part and taken + size > rows:
-            yield part
-            part, taken = [], 0
-        part.append((group, first))
-        taken += size
-    if part:
-        yield part
+def _packed(groups: Iterable[tuple[Group, int]], rows: int) -> Iterator[list[tuple[Group, int]]]:
+    return packed(groups, lambda pair: _tree(pair[0]).rows, rows)
 
 
 def _tree(group: Group) -> Tree:
@@ -261,8 +244,7 @@ class _Scorer:
 
     @classmethod
     def of(cls, model: Transformer, recipe: RLRecipe) -> "_Scorer":
-        weight = model.lm_head.weight
-        return cls(model, Head.of(weight, model.compute_dtype or weight.dtype), recipe.rollout.temperature)
+        return cls(model, Head.of_model(model), recipe.rollout.temperature)
 
     def __call__(self, piece: _Piece) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [M] of every token that was drawn."""

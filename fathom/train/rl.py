@@ -34,12 +34,13 @@ from fathom.report.tables import count
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.checker import Checker
 from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
-from fathom.tasks.task import Task
+from fathom.tasks.task import Problem, Task
 from fathom.train.display import Display
 from fathom.train.honesty import rollout_metrics
-from fathom.train.learner import Learner, NoNumbers, frozen_copy, observe, update
+from fathom.train.learner import Learner, frozen_copy, observe, update
 from fathom.train.machine import device, use_bf16
 from fathom.train.metrics import MetricsLog
+from fathom.train.numbers import NoNumbers
 from fathom.train.optimizers import build_optimizer
 from fathom.train.rl_evaluate import HeldOut
 from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
@@ -81,22 +82,31 @@ def train_rl(
             stack.enter_context(checker)
             engine = stack.enter_context(_engine(learner))
             roller = Roller(recipe, engine, learner.tokenizer, checker, stop.heed)
-            begin_run(run, recipe, overwrite=overwrite)
+            problems = held_out_problems(task, recipe.task.levels, recipe.eval.problems, seed=recipe.seed)
+            if learner.progress.step < recipe.train.steps:
+                begin_run(run, recipe, overwrite=overwrite)
+            else:
+                say(f"all {recipe.train.steps} steps are made; for more, raise train.steps")
             parameters = count_parameters(learner.model.config)
             say(f"run '{recipe.name}' in {run.path}: {recipe.task.name}, {count(parameters.total)} parameters")
             if step := learner.progress.step:
                 say(f"resuming from step {step} of {recipe.train.steps}")
-            return _train(learner, roller, engine, run, console, stop)
+            return _train(learner, roller, engine, task, problems, run, console, stop)
 
 
 def _train(
-    learner: Learner, roller: Roller, engine: EngineProtocol, run: RunFolder, console: Console, stop: StopRequest
+    learner: Learner,
+    roller: Roller,
+    engine: EngineProtocol,
+    task: Task,
+    problems: Sequence[Problem],
+    run: RunFolder,
+    console: Console,
+    stop: StopRequest,
 ) -> RunResult:
     """The loop over steps, and what becomes of the run when it ends, in whichever way."""
     recipe, progress = learner.recipe, learner.progress
     total, interrupted = recipe.train.steps, False
-    task = open_task(recipe.task.name)
-    problems = held_out_problems(task, recipe.task.levels, recipe.eval.problems, seed=recipe.seed)
     with (
         CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
         MetricsLog(run, step=progress.step) as log,
@@ -298,7 +308,9 @@ def task_of(recipe: RLRecipe) -> Task:
     """What is to be learnt. Raises `UserError` where there is no such task, or not with so many levels."""
     task = open_task(recipe.task.name)
     if recipe.task.levels > task.levels:
-        raise UserError(f"task.levels = {recipe.task.levels}, but {task.called} has {task.levels}")
+        raise UserError(
+            f"task.levels = {recipe.task.levels}, but {task.called} has {task.levels}; give --task.levels {task.levels}"
+        )
     return task
 
 

@@ -88,7 +88,7 @@ class Asker:
         section, tokenizer = self._section, self._tokenizer
         if section.style == "chat":
             content = "\n".join(part for part in (problem.question, section.instruction) if part)
-            text = tokenizer.apply_chat_template([{"role": "user", "content": content}])
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], **section.template_switches)
             begin: list[int] = []
         else:
             text = section.text.replace("{question}", problem.question)

@@ -37,12 +37,16 @@ from fathom.report.tables import count
 from fathom.train.display import Display, describe
 from fathom.train.machine import device, use_bf16
 from fathom.train.metrics import MetricsLog
+from fathom.train.numbers import require_numbers
 from fathom.train.optimizers import Optimizer, build_optimizer
+from fathom.train.packing import packed
 from fathom.train.run import RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
 from fathom.train.schedule import cosine_lr_at
 from fathom.train.signals import StopRequest, sigterm_interrupts
 from fathom.train.state import Contents, Progress, read_checkpoint
 from fathom.train.writer import CheckpointWriter
+
+_LONGEST = "(data.max_tokens, or the model's context)"
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class Answers:
 
     train: list[Turn]
     held_out: list[Turn]
+    longest: int
+    """Tokens up to which an answer may end."""
     too_long: int
-    """Answers left out for their length."""
+    """Answers left out as they end later."""
 
     def in_epochs(self, epochs: float) -> int:
         """Answers that are read in so many epochs, at least one."""
@@ -60,10 +66,12 @@ class Answers:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal training answers in the same order."""
+        """Equal for equal answers in the same order, on the same sides."""
         digest = hashlib.blake2b(digest_size=16)
-        for turn in self.train:
-            digest.update(repr((turn.prompt_ids, turn.response_ids)).encode())
+        for side in (self.train, self.held_out):
+            digest.update(f"{len(side)}".encode())
+            for turn in side:
+                digest.update(repr((turn.prompt_ids, turn.response_ids)).encode())
         return digest.hexdigest()
 
 
@@ -114,15 +122,20 @@ def train_sft(
         student = _start(recipe, checkpoint)
         answers = read_answers(recipe, student.tokenizer, context=student.model.config.max_position_embeddings)
         _check_data(answers, student.progress, accept_changes)
-        begin_run(run, recipe, overwrite=overwrite)
+        total = math.ceil(answers.in_epochs(recipe.train.epochs) / recipe.train.batch)
+        if student.progress.step < total:
+            begin_run(run, recipe, overwrite=overwrite)
+        else:
+            say(f"all {total} steps are made; for more, raise train.epochs")
         if answers.too_long:
-            say(f"{answers.too_long} answers end after more than data.max_tokens = {recipe.data.max_tokens}: left out")
+            say(f"{answers.too_long} answers end after more than {answers.longest} tokens, and are left out {_LONGEST}")
+        if recipe.data.held_out and not answers.held_out:
+            say("no answer is held out, so nothing can be measured; there are few: give data.held_out a larger share")
         say(
             f"run '{recipe.name}' in {run.path}: {count(len(answers.train))} answers of "
             f"{count(sum(len(turn.response_ids) for turn in answers.train))} tokens, "
             f"{len(answers.held_out)} held out, {count(count_parameters(student.model.config).total)} parameters"
         )
-        total = math.ceil(answers.in_epochs(recipe.train.epochs) / recipe.train.batch)
         with (
             CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
             MetricsLog(run, step=student.progress.step) as log,
@@ -222,10 +235,15 @@ def read_answers(recipe: SFTRecipe, tokenizer: Tokenizer, *, context: int) -> An
                     too_long += 1
                 else:
                     side.append(turn)
+    if not train and held_out:
+        raise UserError(f"data.files: nothing to train on: all are held out; lower data.held_out = {data.held_out}")
+    if not train and too_long:
+        raise UserError(
+            f"data.files: nothing to train on: all {too_long} answers end after more than {longest} tokens {_LONGEST}"
+        )
     if not train:
-        why = f"all {too_long} answers end after more than {longest} tokens" if too_long else "the files hold no answer"
-        raise UserError(f"data.files: nothing to train on: {why}; see data.max_tokens and data.held_out")
-    return Answers(train, held_out, too_long)
+        raise UserError("data.files: nothing to train on: the files hold no conversation")
+    return Answers(train, held_out, longest, too_long)
 
 
 def batch_at(turns: Sequence[Turn], step: int, batch: int, *, seed: int, of: int) -> list[Turn]:
@@ -245,8 +263,8 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
     """One optimizer step on `turns`. Returns its metrics; `skipped` says that nothing was changed."""
     model, progress, recipe = student.model, student.progress, student.recipe
     learnt = sum(len(turn.response_ids) for turn in turns)
-    head, loss, entropy = _head(model), 0.0, 0.0
-    for piece in packed(turns, recipe.train.rows):
+    head, loss, entropy = Head.of_model(model), 0.0, 0.0
+    for piece in _packed(turns, recipe.train.rows):
         logprobs, entropies = _score(model, head, piece)
         piece_loss = -logprobs.sum() / learnt
         piece_loss.backward()
@@ -258,6 +276,7 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
     if not skipped:
         clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
         student.optimizer.step(lr)
+        require_numbers(model, progress.step + 1)
     student.optimizer.zero_grad()
     progress.step += 1
     progress.tokens += learnt
@@ -269,23 +288,14 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
 @torch.no_grad()
 def loss_of(student: Student, turns: Sequence[Turn]) -> float:
     """Mean loss of the answers' tokens, in nats."""
-    head, total = _head(student.model), 0.0
-    for piece in packed(turns, student.recipe.train.rows):
+    head, total = Head.of_model(student.model), 0.0
+    for piece in _packed(turns, student.recipe.train.rows):
         total -= float(_score(student.model, head, piece)[0].sum())
     return total / sum(len(turn.response_ids) for turn in turns)
 
 
-def packed(turns: Sequence[Turn], rows: int) -> Iterator[list[Turn]]:
-    """Neighbouring answers, as many as `rows` tokens hold but at least one."""
-    piece: list[Turn] = []
-    taken = 0
-    for turn in turns:
-        if piece and taken + turn.rows > rows:
-            yield piece
-            piece, taken = [], 0
-        piece.append(turn)
-        taken += turn.rows
-    yield piece
+def _packed(turns: Sequence[Turn], rows: int) -> Iterator[list[Turn]]:
+    return packed(turns, lambda turn: turn.rows, rows)
 
 
 def _score(model: Transformer, head: Head, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,11 +304,6 @@ def _score(model: Transformer, head: Head, turns: Sequence[Turn]) -> tuple[torch
     forest = Forest.plant([Tree(turn.prompt_ids, [turn.response_ids]) for turn in turns], on)
     hidden, _ = model.forest_states(forest)
     return logprobs_and_entropy(hidden[forest.sources], head, forest.targets, 1.0)
-
-
-def _head(model: Transformer) -> Head:
-    weight = model.lm_head.weight
-    return Head.of(weight, model.compute_dtype or weight.dtype)
 
 
 def _is_held_out(question: str, share: float) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from fathom.data import Tokenizer, train_bpe
 from fathom.data.conversations import Conversation, Turn, TurnEncoder, read_conversations
@@ -100,6 +102,20 @@ def test_forms_that_say_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert all(turn == found[0] for turn in found)
 
 
+@pytest.mark.parametrize("said", ["c", "yes", "d", "e", "eot", "|", "_id"])
+def test_the_templates_own_end_is_learnt_whatever_is_said(said: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of several tokens that end a text it is the one that the template writes, also behind an answer whose letters are
+    in its name."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.add_tokens([AddedToken("<|eot_id|>", normalized=False)])
+    ends = (1, backend.token_to_id("<|eot_id|>"))
+    several = Tokenizer(
+        backend, bos_token_id=0, eos_token_ids=ends, pad_token_id=2, chat_template=CHATML.replace("im_end", "eot_id")
+    )
+    (turn,) = turns(several, written(tmp_path, {"prompt": "1+1?", "completion": said}))
+    assert turn.response_ids[-1] == ends[1]
+
+
 def test_every_answer_of_a_conversation_is_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Each answer is asked by all that came before it, of which nothing is learnt a second time."""
     answers = [{"role": "assistant", "content": text} for text in ("2", "3")]
@@ -144,6 +160,15 @@ BAD = {
     "nobody asks": ({"messages": [{"role": "assistant", "content": "x"}]}, "begins with an assistant's message"),
     "empty list": ({"messages": []}, "not a list of messages"),
     "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "a message has a 'role'"),
+    "calls a tool": (
+        {"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        "calls tools, which is not learnt",
+    ),
+    "has tools": ({"messages": [USER, {"role": "assistant", "content": "x"}], "tools": [{}]}, "has 'tools'"),
+    "an open thought": ({"messages": [USER, {"role": "assistant", "content": "<think>x"}]}, "does not close it"),
+    "a prompt that is a number": ({"prompt": 5, "completion": "x"}, "'prompt' is not a list"),
+    "a completion that is a number": ({"prompt": "x", "completion": 5}, "'completion' is not a list"),
+    "a list in ShareGPT": ({"conversations": [{"from": ["human"], "value": "x"}]}, "'conversations' has entries"),
     "no text": ({"messages": [{"role": "user", "content": [1]}]}, "not a text"),
     "says nothing": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "says nothing"),
     "only thinks": ({"messages": [USER, {"role": "assistant", "content": "<think>x</think>"}]}, "says nothing"),

@@ -471,7 +471,7 @@ def test_an_overwritten_run_leaves_no_best_model(recipe: RLRecipe, tmp_path: Pat
         ({"prompt": {"template": "no question"}}, "question"),
         ({"rewards": {"accuracy": 1e39}}, "accuracy"),
         ({"rewards": {"accuracy": 0.0}}, "nothing to learn; give one a weight"),
-        ({"rewards": {"layout": "boxed"}}, "'rewards.layout' = 'boxed': is a table, .*: form, thoughts"),
+        ({"rewards": {"layout": "boxed"}}, "'rewards.layout' is a table, not 'boxed'; .*: form, thoughts"),
         ({"loss": {"preset": ["dapo"]}}, "loss.preset .* is unknown.*: r1, dapo"),
         ({"task": {"check_seconds": 1e9}}, "check_seconds"),
     ],

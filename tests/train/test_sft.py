@@ -22,8 +22,9 @@ from fathom.model.checkpoint import load, save_model
 from fathom.model.transformer import Transformer
 from fathom.train.metrics import read_metrics
 from fathom.train.optimizers import build_optimizer
+from fathom.train.packing import packed
 from fathom.train.run import RunResult
-from fathom.train.sft import Student, batch_at, loss_of, packed, read_answers, train_sft, update
+from fathom.train.sft import Student, batch_at, loss_of, read_answers, train_sft, update
 from fathom.train.state import Progress
 from tests.train.tiny import MODEL
 
@@ -133,7 +134,7 @@ def test_packed_is_one_by_one(recipe: SFTRecipe) -> None:
 def test_pieces_hold_every_answer_once(recipe: SFTRecipe) -> None:
     """Packing keeps the order, loses nothing, and only a single answer may take more than its share of rows."""
     turns = [Turn([1] * size, [2, 3]) for size in (5, 1, 9, 2, 30, 4)]
-    pieces = list(packed(turns, 14))
+    pieces = list(packed(turns, lambda turn: turn.rows, 14))
     assert [turn for piece in pieces for turn in piece] == turns
     assert all(len(piece) == 1 or sum(turn.rows for turn in piece) <= 14 for piece in pieces)
     assert len(pieces) < len(turns)
@@ -174,6 +175,87 @@ def test_a_resumed_run_is_the_unbroken_one(
     assert weights(resumed) == weights(unbroken)
     assert lines(resumed) == lines(unbroken)
     assert (resumed.folder / "samples.md").read_bytes() == (unbroken.folder / "samples.md").read_bytes()
+
+
+def test_a_stop_between_checkpoints_loses_nothing(
+    recipe: SFTRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped at a step without a checkpoint writes one before it ends."""
+    recipe, original = changed(recipe, checkpoint={"every": 100}), module.update
+
+    def stopping(own: Student, *arguments: Any) -> dict[str, Any]:
+        if own.progress.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(own, *arguments)
+
+    monkeypatch.setattr(module, "update", stopping)
+    stopped, _ = run(recipe, tmp_path)
+    assert stopped.checkpoint is not None
+    assert stopped.checkpoint.name == "step_00000002"
+
+
+def test_gradients_are_clipped(recipe: SFTRecipe) -> None:
+    """A bound far below the gradient's norm leaves the step it would have made to a gradient of that norm: under plain
+    descent the weights move as far as the bound says."""
+    own = student(changed(recipe, optimizer={"clip_norm": 1e-3}))
+    seen: list[float] = []
+    own.optimizer.step = lambda lr: seen.append(
+        float(torch.cat([p.grad.flatten() for p in own.model.parameters() if p.grad is not None]).norm())
+    )
+    values = update(own, read_answers(recipe, own.tokenizer, context=512).train, 1e-3)
+    assert values["grad_norm"] > 1e-2
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_a_good_step_ends_a_row_of_bad_ones(recipe: SFTRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are not finite are counted in a row only until one is."""
+    own, original, broken = student(recipe), module.logprobs_and_entropy, [True, False, True]
+
+    def sometimes(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropy = original(*arguments)
+        return (logprobs * math.nan if broken[own.progress.step] else logprobs), entropy
+
+    monkeypatch.setattr(module, "logprobs_and_entropy", sometimes)
+    turns = read_answers(recipe, own.tokenizer, context=512).train[:4]
+    rows = []
+    for _ in broken:
+        update(own, turns, 1e-4)
+        rows.append(own.progress.bad_in_a_row)
+    assert rows == [1, 0, 1]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    recipe: SFTRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step after which weights are no numbers ends the run, and the checkpoint before it is the newest."""
+    original = module.update
+
+    def poisoned(own: Student, *arguments: Any) -> dict[str, Any]:
+        if own.progress.step == 3:
+            step = own.optimizer.step
+
+            def poison(lr: float) -> None:
+                step(lr)
+                with torch.no_grad():
+                    own.model.lm_head.weight[0, 0] = math.nan
+
+            own.optimizer.step = poison
+        return original(own, *arguments)
+
+    monkeypatch.setattr(module, "update", poisoned)
+    with pytest.raises(UserError, match="step 4: the weights are no longer numbers"):
+        run(changed(recipe, data={"held_out": 0.0}), tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000003"]
+
+
+def test_settings_of_the_data_are_followed(recipe: SFTRecipe) -> None:
+    """A default system message stands in every prompt, and no answer is longer than the model's context."""
+    own = student(recipe)
+    with_system = read_answers(changed(recipe, data={"default_system": "Be brief."}), own.tokenizer, context=512)
+    assert all("Be brief." in own.tokenizer.decode(turn.prompt_ids) for turn in with_system.train)
+    short = read_answers(recipe, own.tokenizer, context=12)
+    assert short.too_long == 5
+    assert short.longest == 12
 
 
 def test_it_learns_to_say_what_was_said(recipe: SFTRecipe, tmp_path: Path) -> None:
@@ -223,7 +305,7 @@ def test_one_question_is_on_one_side(recipe: SFTRecipe, tmp_path: Path) -> None:
 def test_long_answers_are_left_out_and_said(recipe: SFTRecipe, tmp_path: Path) -> None:
     """Answers beyond data.max_tokens are counted and not learnt; where none is left, the run says so and stops."""
     _, said = run(changed(recipe, data={"max_tokens": 12}), tmp_path)
-    assert "answers end after more than data.max_tokens = 12" in said
+    assert "answers end after more than 12 tokens" in said
     with pytest.raises(UserError, match="nothing to train on: all 20 answers"):
         run(changed(recipe, data={"max_tokens": 3}), tmp_path / "none")
 
@@ -234,7 +316,10 @@ def test_other_answers_are_not_resumed_with(recipe: SFTRecipe, start: Path, tmp_
     file.write_text((start / "sums.jsonl").read_text(), encoding="utf-8")
     own = changed(recipe, data={"files": (str(file),)})
     run(own, tmp_path / "runs")
-    file.write_text(file.read_text().replace('"3"', '"4"'), encoding="utf-8")
+    rows = file.read_text().splitlines()
+    held_out = next(row for row in map(json.loads, rows) if module._is_held_out(row["messages"][0]["content"], 0.2))
+    held_out["messages"][1]["content"] = "no"  # what is measured counts, too
+    file.write_text("\n".join([*rows, json.dumps(held_out)]), encoding="utf-8")
     with pytest.raises(UserError, match="not those that this run began with"):
         run(own, tmp_path / "runs", resume=True)
     run(own, tmp_path / "runs", resume=True, accept_changes=True)

@@ -1,0 +1,1 @@
+"""Stages of training one after another, and what each of them gained."""

@@ -1,0 +1,37 @@
+"""The table of stages, as DeepSeek-R1's paper has one (arXiv 2501.12948v2, table 3): what each of them gained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fathom.pipeline.state import StageState
+
+
+def print_stages(stages: Mapping[str, StageState], console: Console) -> None:
+    """A row for every stage that was measured, a column for every task."""
+    shown = {name: stage for name, stage in stages.items() if stage.evaluation is not None}
+    tasks = list(dict.fromkeys(found["task"] for stage in shown.values() for found in _free(stage)))
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for heading in ("stage", *(f"{task} pass@1" for task in tasks), "tokens of thought", "minutes"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, stage in shown.items():
+        found = {measured["task"]: measured for measured in _free(stage)}
+        thoughts = [spread["mean"] for one in found.values() if (spread := one["thought_tokens"]) is not None]
+        table.add_row(
+            name,
+            *(_estimate(found[task]["pass@k"]["1"]) if task in found else "" for task in tasks),
+            f"{sum(thoughts) / len(thoughts):.0f}" if thoughts else "",
+            f"{stage.seconds / 60:.1f}",
+        )
+    console.print(table, markup=False, highlight=False)
+
+
+def _free(stage: StageState) -> list[dict[str, Any]]:
+    """Its measurements with thoughts free."""
+    return [found for found in (stage.evaluation or {}).get("measurements", ()) if found["budget"] is None]
+
+
+def _estimate(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} ± {(found['high'] - found['low']) / 2:.3f}"

@@ -1,0 +1,19 @@
+"""Weights that have stopped being numbers."""
+
+from torch.nn.utils import get_total_norm
+
+from fathom.errors import UserError
+from fathom.model.transformer import Transformer
+
+
+class NoNumbers(UserError):
+    """What was learnt is lost: no checkpoint of it may take the place of a good one."""
+
+
+def require_numbers(model: Transformer, step: int) -> None:
+    """Raise `NoNumbers` where a weight is not finite after `step`."""
+    if not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
+        raise NoNumbers(
+            f"step {step}: the weights are no longer numbers; lower optimizer.lr and go on from the last checkpoint "
+            "with --resume --accept-changes"
+        )
