@@ -67,6 +67,8 @@ def run_pipeline(
     # Every recipe is read before the first stage begins: a typo in the last should not cost an hour.
     recipes = {stage.name: stage.resolved(folder, pipeline.seed, beside) for stage in pipeline.stages}
     held_out(pipeline.evaluation)
+    if RunFolder(folder).recipe.exists():
+        raise UserError(f"{folder}: is a single run, not a pipeline's; give the pipeline another --name")
     fingerprints = _fingerprints(pipeline, recipes)
     before = read_state(folder)
     stale = [name for name, own in fingerprints.items() if name in before and before[name].fingerprint != own]
@@ -84,8 +86,10 @@ def run_pipeline(
             continue
         _say(console, title)
         began = time.perf_counter()
-        if stage.name not in stages:  # whatever lies there was made by another recipe
+        if stage.name in stale:
             _remove(folder / stage.name)
+        elif stage.name not in before and (folder / stage.name).exists():
+            raise UserError(f"{folder / stage.name}: is there and was not made by this pipeline; remove it yourself")
         stages[stage.name] = own
         write_state(folder, stages)
         ended = _make(stage, recipes[stage.name], folder, console)

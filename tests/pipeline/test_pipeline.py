@@ -217,6 +217,22 @@ def test_mistakes_are_found_before_the_first_stage(words: list[str], said: str, 
     assert not (tmp_path / "house").exists()
 
 
+def test_nothing_of_others_is_touched(file: Path, tmp_path: Path) -> None:
+    """A folder that is a run, and one in the place of a stage that the pipeline has not made, are refused and left."""
+    (tmp_path / "house").mkdir()
+    kept = tmp_path / "house" / "recipe.toml"
+    kept.write_text("mine")
+    with pytest.raises(UserError, match="is a single run"):
+        run(file, tmp_path)
+    assert kept.read_text() == "mine"
+    kept.unlink()
+    (tmp_path / "house" / "student").mkdir()
+    (tmp_path / "house" / "student" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="student: is there and was not made by this pipeline"):
+        run(file, tmp_path)
+    assert (tmp_path / "house" / "student" / "notes.txt").read_text() == "mine"
+
+
 def test_two_stages_of_one_name_are_refused(file: Path) -> None:
     """A name stands for one folder."""
     values = read_pipeline(file, []).model_dump(exclude_unset=True)
