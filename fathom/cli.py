@@ -20,11 +20,12 @@ import fathom
 from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.evaluate.command import add_evaluation, run_evaluation
 from fathom.options import add_model, open_for_text, open_model, positive, say_opening
+from fathom.recipe_verbs import add_recipe_verbs, recipe_kind
 from fathom.serve.command import add_service, serve
 from fathom.tasks.command import add_tasks
 
 if TYPE_CHECKING:
-    from fathom.config.recipe import Recipe
+    from fathom.config.section import Section
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,37 +164,14 @@ def _take_overrides(words: list[str], flags: list[str], kind: str) -> tuple[list
             own.append(word)
             continue
         if "." not in name:
-            _refuse_unknown_flag(name, flags, _recipe_kind(kind))
+            _refuse_unknown_flag(name, flags, recipe_kind(kind))
         pairs.append(word)
         if not equals and rest and not rest[0].startswith("--"):
             pairs.append(rest.pop(0))
     return pairs, own
 
 
-def _recipe_kind(name: str) -> "type[Recipe]":
-    """What a command's recipe is."""
-    if name == "rl":
-        from fathom.config.rl import RLRecipe
-
-        return RLRecipe
-    if name == "sft":
-        from fathom.config.sft import SFTRecipe
-
-        return SFTRecipe
-    if name == "recipe":
-        from fathom.config.pipeline import Pipeline
-
-        return Pipeline
-    if name == "synth":
-        from fathom.config.synth import SynthRecipe
-
-        return SynthRecipe
-    from fathom.config import PretrainRecipe
-
-    return PretrainRecipe
-
-
-def _refuse_unknown_flag(name: str, flags: list[str], kind: "type[Recipe]") -> None:
+def _refuse_unknown_flag(name: str, flags: list[str], kind: "type[Section]") -> None:
     """A flag without a section is a typo, unless the recipe has a field of that name."""
     from fathom.config.section import field_paths
 
@@ -219,25 +197,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     run.add_argument("--fresh", action="store_true", help="start over instead of continuing an interrupted run")
 
-    pretrained = verb("pretrain", _pretrain, "train a model from a recipe", overrides="pretrain")
-    learnt = verb("rl", _rl, "teach a model by rewards that a rule gives, as R1-Zero was", overrides="rl")
-    tuned = verb("sft", _sft, "teach a model to say what conversations say", overrides="sft")
-    made = verb("synth", _synth, "write solutions to problems, and keep what a rule proves right", overrides="synth")
-    made.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
-    made.add_argument("--resume", action="store_true", help="go on without drawing again; filters may have changed")
-    made.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
-    made.add_argument("--dry-run", action="store_true", help="print the recipe and what will be drawn, and stop")
-    for run in (pretrained, learnt, tuned):
-        run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
-        run.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
-        run.add_argument("--overwrite", action="store_true", help="delete an existing run of this name first")
-        run.add_argument("--accept-changes", action="store_true", help="resume although the recipe has changed")
-        run.add_argument("--dry-run", action="store_true", help="print the recipe and what it will take, and stop")
-
-    run = verb("recipe", _recipe, "make all stages of a pipeline, and measure after each", overrides="recipe")
-    run.add_argument("name", help="one of the pipelines in recipes/, such as r1")
-    run.add_argument("file", type=Path, nargs="?", help="a TOML file in its place")
-    run.add_argument("--redo", action="store_true", help="make stages again whose recipe has changed")
+    add_recipe_verbs(verb)
 
     data = verb("data", lambda _: data.print_help(), "build and check token shards")
     data_verbs = data.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
@@ -312,7 +272,9 @@ def _sections(kind: str) -> str:
     from fathom.config.policy import PRESETS as LOSSES
     from fathom.config.section import section_at
 
-    recipe = _recipe_kind(kind)
+    recipe = recipe_kind(kind)
+    if kind == "recipe":
+        return "A stage's fields stand behind its name, as in --zero.train.steps 60; see docs/guides/stages.md."
     sections = [name for name in recipe.model_fields if section_at(recipe, [name])]
     told = {"pretrain": ("model", PRESETS), "rl": ("loss", LOSSES)}.get(kind)
     presets = f" Presets for --{told[0]}.preset: {', '.join(told[1])}." if told else ""
@@ -332,83 +294,6 @@ def _quickstart(options: argparse.Namespace) -> int:
     from fathom.quickstart import quickstart
 
     return quickstart(options.overrides, fresh=options.fresh)
-
-
-def _pretrain(options: argparse.Namespace) -> int:
-    from fathom.config import read_recipe
-    from fathom.train.pretrain import dry_run, pretrain
-
-    recipe = read_recipe(options.recipe, options.overrides)
-    if options.dry_run:
-        dry_run(recipe)
-        return 0
-    result = pretrain(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
-    return INTERRUPTED if result.interrupted else 0
-
-
-def _rl(options: argparse.Namespace) -> int:
-    from fathom.config import read_recipe
-    from fathom.config.rl import RLRecipe
-    from fathom.train.rl import train_rl
-    from fathom.train.rl_estimate import dry_run
-
-    recipe = read_recipe(options.recipe, options.overrides, RLRecipe)
-    if options.dry_run:
-        dry_run(recipe)
-        return 0
-    result = train_rl(recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes)
-    _add_report(result.folder)
-    return INTERRUPTED if result.interrupted else 0
-
-
-def _sft(options: argparse.Namespace) -> int:
-    from fathom.config import read_recipe
-    from fathom.config.sft import SFTRecipe
-    from fathom.train.sft import train_sft
-    from fathom.train.sft_estimate import dry_run
-
-    recipe = read_recipe(options.recipe, options.overrides, SFTRecipe)
-    if options.dry_run:
-        dry_run(recipe)
-        return 0
-    result = train_sft(
-        recipe, resume=options.resume, overwrite=options.overwrite, accept_changes=options.accept_changes
-    )
-    return INTERRUPTED if result.interrupted else 0
-
-
-def _synth(options: argparse.Namespace) -> int:
-    from fathom.config import read_recipe
-    from fathom.config.synth import SynthRecipe
-    from fathom.synth.factory import synthesize
-    from fathom.synth.plan import dry_run
-
-    recipe = read_recipe(options.recipe, options.overrides, SynthRecipe)
-    if options.dry_run:
-        dry_run(recipe)
-        return 0
-    result = synthesize(recipe, resume=options.resume, overwrite=options.overwrite)
-    return INTERRUPTED if result.interrupted else 0
-
-
-def _recipe(options: argparse.Namespace) -> int:
-    from fathom.config.pipeline import read_pipeline
-    from fathom.pipeline.run import run_pipeline
-    from fathom.quickstart import shipped_recipe
-
-    file = options.file or shipped_recipe(options.name)
-    result = run_pipeline(read_pipeline(file, options.overrides), file.parent, redo=options.redo)
-    return INTERRUPTED if result.interrupted else 0
-
-
-def _add_report(run: Path) -> None:
-    """The page on a run that has just ended. The run has not failed where that cannot be written."""
-    from fathom.report.page import write_report
-
-    try:
-        print(f"wrote {write_report(run)}")
-    except Exception as error:
-        print(f"fathom: no report was written: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def _data_build(options: argparse.Namespace) -> int:

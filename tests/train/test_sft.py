@@ -15,7 +15,6 @@ import fathom.train.sft as module
 from fathom.config.sft import SFTRecipe
 from fathom.data import train_bpe
 from fathom.data.conversations import Turn
-from fathom.engine.generate import generate
 from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.model.checkpoint import load, save_model
@@ -195,8 +194,7 @@ def test_a_stop_between_checkpoints_loses_nothing(
 
 
 def test_gradients_are_clipped(recipe: SFTRecipe) -> None:
-    """A bound far below the gradient's norm leaves the step it would have made to a gradient of that norm: under plain
-    descent the weights move as far as the bound says."""
+    """The optimizer is given gradients no longer than clip_norm; the metric is their length before."""
     own = student(changed(recipe, optimizer={"clip_norm": 1e-3}))
     seen: list[float] = []
     own.optimizer.step = lambda lr: seen.append(
@@ -278,7 +276,6 @@ def test_it_learns_to_say_what_was_said(recipe: SFTRecipe, tmp_path: Path) -> No
             stop_ids=tokenizer.eos_token_ids,
         )
         assert tokenizer.decode(list(ids)) == f"{assistant['reasoning_content']}</think>{assistant['content']}"
-    assert "".join(generate(model, tokenizer, "1+1", max_tokens=3, sampling=Sampling(temperature=0.0), chat=True))
 
 
 def test_one_question_is_on_one_side(recipe: SFTRecipe, tmp_path: Path) -> None:
