@@ -1,6 +1,6 @@
 """What balancing and multi-token prediction do, by leaving one thing out of a recipe at a time.
 
-    python -m benchmarks.ablations --recipe recipes/quickstart.toml
+    python -m benchmarks.ablations --recipe recipes/stdlib.toml
 
 Each variant is the same recipe, seed, data and number of steps:
 `full` is the recipe as it stands; `sequence-loss-alone` has its sequence-wise loss but no bias rule; `no-balancing` has
@@ -29,7 +29,7 @@ VARIANTS = {
 def main() -> None:
     """Run the variants that are asked for, print a table and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.toml"))
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/stdlib.toml"))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options, overrides = parser.parse_known_args()
 

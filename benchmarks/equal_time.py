@@ -4,7 +4,7 @@
 
 Both sides start from the same distribution of weights with one learning rate, see the same batches in the same order
 and train in turns; compilation and the first two steps are not counted for either. Held-out text is measured by each
-side's own forward pass. `fathom` uses AdamW as the peer does; `fathom-muon` is what the quickstart uses.
+side's own forward pass. `fathom` uses AdamW as the peer does; `fathom-muon` is what recipes/stdlib.toml uses.
 """
 
 import argparse

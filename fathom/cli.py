@@ -192,10 +192,8 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
         added.set_defaults(run=run, takes_overrides=overrides, parser=added)
         return added
 
-    run = verb(
-        "quickstart", _quickstart, "train a small DeepSeek-V3 on real text and let it write", overrides="pretrain"
-    )
-    run.add_argument("--fresh", action="store_true", help="start over instead of continuing an interrupted run")
+    run = verb("quickstart", _quickstart, "from nothing to a model that reasons: all stages of R1", overrides="recipe")
+    run.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
 
     add_recipe_verbs(verb)
 
@@ -247,11 +245,12 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run = verb("eval", run_evaluation, "measure a model on held-out problems: how good, how sure, at what cost")
     add_evaluation(run)
 
-    run = verb("report", _report, "write what a run has measured as a page to read")
-    run.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder, finished or not")
+    run = verb("report", _report, "write what a run or a pipeline has measured as a page to read")
+    run.add_argument("run_folder", metavar="RUN", type=Path, help="a run's or a pipeline's folder, finished or not")
     run.add_argument(
-        "--out", type=Path, help="file to write (RUN/report.html); one that ends in .svg gets the main figure alone"
+        "--out", type=Path, help="file to write (RUN/report.html); one that ends in .svg or .png gets one figure alone"
     )
+    run.add_argument("--figure", metavar="NAME", help="which one that is (the main one); a wrong name lists all")
 
     run = verb("export", _export, "write a model as a folder for other programs")
     add_model(run, default_dtype="the dtype they are stored in")
@@ -384,7 +383,7 @@ def _prompt(word: str) -> str:
 def _report(options: argparse.Namespace) -> int:
     from fathom.report.page import write_report
 
-    print(f"wrote {write_report(options.run_folder, options.out)}")
+    print(f"wrote {write_report(options.run_folder, options.out, figure=options.figure)}")
     return 0
 
 

@@ -53,7 +53,7 @@ def gigabytes(text: str) -> float:
 
 def add_model(parser: argparse.ArgumentParser, *, default_dtype: str = "the machine's best") -> None:
     """The model, and the dtype to open it in."""
-    parser.add_argument("model", help="a model folder, a run, a .gguf file, or a hub name")
+    parser.add_argument("model", help="a model folder, a run or pipeline, a .gguf file, or a hub name")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"dtype of the weights ({default_dtype})")
 
 

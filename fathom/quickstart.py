@@ -1,41 +1,55 @@
-"""The first ten minutes: a small DeepSeek-V3, trained on text that every machine has, and what came of it."""
+"""The first quarter of an hour: from nothing to a model that reasons, by every stage of DeepSeek-R1's recipe."""
 
+import resource
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 import fathom
-from fathom.config import PretrainRecipe, read_recipe
-from fathom.engine.generate import generate
-from fathom.engine.protocol import Sampling
+from fathom.config.pipeline import read_pipeline
 from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.model.accounting import count_parameters
+from fathom.pipeline.run import remove_pipeline, run_pipeline
+from fathom.pipeline.table import short_names
+from fathom.recipe_verbs import add_report
 from fathom.report.command import fathom_command
-from fathom.report.tables import count, print_rows
-from fathom.train.display import share_of_peak
-from fathom.train.metrics import read_metrics
-from fathom.train.pretrain import RunResult, pretrain
-from fathom.train.run import RunFolder
+from fathom.report.cost import money
+from fathom.report.dialogues import Dialogue, dialogues
+from fathom.report.stages import Stage, Story
+from fathom.report.tables import count, plural, print_rows
 
-PROMPTS = ("def read_file(path):\n", "import os\n\nclass ", "# Return the number of ")
-SAMPLE_TOKENS = 80
+_PIPELINE = "r1"
+_DIALOGUES = 3
+_LONGEST = 300
+"""Characters of a thought that are shown."""
 
 
 def quickstart(overrides: list[str], *, fresh: bool) -> int:
-    """Train `recipes/quickstart.toml`, or go on where it stopped; then samples and a table of results."""
-    recipe = read_recipe(shipped_recipe("quickstart"), overrides)
-    folder = Path("runs") / recipe.name
-    resume = RunFolder(folder).recipe.exists() and not fresh
-    result = pretrain(recipe, resume=resume, overwrite=fresh)
-    if result.interrupted or result.checkpoint is None:
+    """Make `recipes/r1.toml`, or go on where it stopped; then what was made, what it says, and a report of it."""
+    file = shipped_recipe(_PIPELINE)
+    pipeline = read_pipeline(file, ["--name", "quickstart", *overrides])
+    if fresh:
+        remove_pipeline(Path("runs") / pipeline.name)
+    result = run_pipeline(pipeline, file.parent)
+    if result.interrupted:
         return INTERRUPTED
-    _show_samples(result.checkpoint)
-    print_rows("results", _results(recipe, result))
-    console = Console(highlight=False, soft_wrap=True)
+    story = Story.read(result.folder)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for dialogue in dialogues(story)[:_DIALOGUES]:
+        _show(dialogue, console)
+    console.print()
+    print_rows("results", _results(story), console)
+    console.print()
+    add_report(result.folder)
     command = fathom_command()
     console.print("\nNow try:")
-    for rest in (f'generate {folder} "def main():"', f"serve {folder}", f"load {folder}", "pretrain --help"):
-        console.print(f"  {command} {rest}", markup=False)
+    for rest in (
+        f"serve {result.folder}          # and ask on its page, with DeepThink and without",
+        f"chat {result.folder} --effort high",
+        f"recipe {_PIPELINE} --dry-run           # the stages; any field of theirs can be changed",
+    ):
+        console.print(f"  {command} {rest}")
     return 0
 
 
@@ -50,47 +64,39 @@ def shipped_recipe(name: str) -> Path:
     raise UserError(f"recipes: no '{name}'{nearest(name, known)}; there are: {', '.join(known) or 'none'}")
 
 
-def _show_samples(checkpoint: Path) -> None:
-    model, tokenizer = fathom.load(checkpoint, dtype="float32")
-    assert tokenizer is not None
-    for prompt in PROMPTS:
-        print(f"\n─── {prompt.splitlines()[0]}\n{prompt}", end="", flush=True)
-        sampling = Sampling(temperature=0.7, top_p=0.9, seed=1)
-        for piece in generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, sampling=sampling):
-            print(piece, end="", flush=True)
-        print()
-    print()
+def _show(dialogue: Dialogue, console: Console) -> None:
+    """One held-out problem, as the first model answers it and as the one that the pipeline is for does."""
+    console.print(f"\n─── {dialogue.question.strip()}")
+    for turn in (dialogue.turns[0], dialogue.turns[-1]):
+        thought = " ".join(turn.thought.split())
+        if len(thought) > _LONGEST:
+            thought = f"{thought[:_LONGEST]} …"
+        told = f"({thought}) {turn.answer.strip()}" if thought else turn.answer.strip() or "no answer"
+        console.print(f"{turn.stage}: {told}  [{'right' if turn.right else 'wrong'}]")
 
 
-def _results(recipe: PretrainRecipe, result: RunResult) -> list[tuple[str, str]]:
-    """What the run's own metrics say, first against last."""
-    lines = read_metrics(RunFolder(result.folder).metrics)
-    steps = [line for line in lines if line["kind"] == "train"]
-    evaluations = [line for line in lines if line["kind"] == "eval"]
-    first, last = steps[0], evaluations[-1]
-    middle = sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2]
-    # Of the largest peak that was measured in the run: earlier steps were compared with earlier measurements.
-    share = middle / max(line["tokens_per_second"] / line["gemm_share"] for line in steps)
-    parameters = count_parameters(recipe.model)
-    seconds = sum(line["seconds"] for line in steps)
-    rows = [
-        (
-            "model",
-            f"DeepSeek-V3 type, {count(parameters.total)} parameters, {count(parameters.active)} active per token",
-        ),
-        ("trained on", f"{count(steps[-1]['tokens'])} tokens in {seconds / 60:.1f} min, {middle:,.0f} tokens/s"),
-        ("of this machine", f"{share_of_peak(share)} in matrix products, as measured"),
-        ("held-out loss", f"{last['loss']:.3f} nats per token (training loss of step 1: {first['loss']:.3f})"),
-        ("bits per byte", f"{last['bits_per_byte']:.3f} held out (training, step 1: {first['bits_per_byte']:.3f})"),
-    ]
-    if "max_vio" in last:
-        worst = max(line["max_vio"] for line in steps)
-        batches = f"{steps[-1]['max_vio']:.2f} in the last training batch, {worst:.2f} in the worst (0 is even)"
-        rows.append(("expert balance", f"MaxVio {last['max_vio']:.2f} on held-out text, {batches}"))
-    if "mtp_acceptance" in last:
-        rows.append(
-            ("second token", f"{last['mtp_acceptance']:.0%} of the MTP module's drafts are what the model says")
-        )
-    rows.append(("samples", f"{RunFolder(result.folder).samples}, one of every evaluation"))
-    rows.append(("folder", f"{result.checkpoint} (opens in transformers too)"))
-    return rows
+def _results(story: Story) -> list[tuple[str, str]]:
+    """What was made, what each model of the story can do, and what it took."""
+    rows = [(stage.name, _result(story, stage)) for stage in _shown(story)]
+    states = [stage.state for stage in story.stages if stage.state is not None]
+    seconds = sum(state.seconds for state in states)
+    took = f"{plural(len(states), 'stage')} in {seconds / 60:.1f} min, {money(story, seconds)}"
+    joules = [state.joules for state in states if state.joules is not None]
+    if len(joules) == len(states):
+        took += f", {sum(joules) / 3600:.2f} Wh of this machine's processors"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return [*rows, ("took", took), ("memory", f"{peak / 1e9:.1f} GB at most, in this session")]
+
+
+def _shown(story: Story) -> list[Stage]:
+    """The stages that the story compares, and what became of its students."""
+    students = [stage for family in story.students.values() for stage in family if stage.measurements]
+    return sorted({stage.name: stage for stage in (*story.cast, *students)}.values(), key=lambda stage: stage.number)
+
+
+def _result(story: Story, stage: Stage) -> str:
+    found = [free for task in story.tasks if (free := stage.free(task)) is not None]
+    short = short_names(story.tasks)
+    scores = ", ".join(f"{short[free['task']]} {free['pass@k']['1']['value']:.3f}" for free in found)
+    size = "" if stage.config is None else f"; {count(count_parameters(stage.config).total)} parameters"
+    return f"pass@1 {scores} ({story.told(stage)}{size})"

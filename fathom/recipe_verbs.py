@@ -49,6 +49,7 @@ RECIPE_VERBS = {
         "fathom.config.sft:SFTRecipe",
         "fathom.train.sft:train_sft",
         "fathom.train.sft_estimate:dry_run",
+        reports=True,
     ),
     "synth": RecipeVerb(
         "write solutions to problems, and keep what a rule proves right",
@@ -57,12 +58,13 @@ RECIPE_VERBS = {
         "fathom.synth.plan:dry_run",
         resume="go on without drawing again; filters may have changed",
         accepts_changes=False,
+        reports=True,
     ),
 }
 
 
 def add_recipe_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Those of the table, and `recipe` for several of them in a row; `verb` adds one."""
+    """Those of the table, and `recipe` and `distill` for several of them in a row; `verb` adds one."""
     for name, told in RECIPE_VERBS.items():
         run = verb(name, run_recipe, told.help, overrides=name)
         run.set_defaults(verb=name)
@@ -76,11 +78,17 @@ def add_recipe_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     run.add_argument("name", help="one of the pipelines in recipes/, such as r1")
     run.add_argument("file", type=Path, nargs="?", help="a TOML file in its place")
     run.add_argument("--redo", action="store_true", help="make stages again whose recipe has changed")
+    run.add_argument("--dry-run", action="store_true", help="print what each stage does and where it stands, and stop")
+    run = verb("distill", run_distillation, "teach a small model what a large one can do", overrides="distill")
+    run.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
+    run.add_argument("--redo", action="store_true", help="make stages again whose recipe has changed")
+    run.add_argument("--dry-run", action="store_true", help="print the recipe and what its stages do, and stop")
 
 
 def recipe_kind(verb: str) -> "type[Section]":
     """What a command's file is read as."""
-    return _named("fathom.config.pipeline:Pipeline" if verb == "recipe" else RECIPE_VERBS[verb].recipe)
+    several = {"recipe": "fathom.config.pipeline:Pipeline", "distill": "fathom.config.distill:DistillRecipe"}
+    return _named(several[verb] if verb in several else RECIPE_VERBS[verb].recipe)
 
 
 def run_recipe(options: argparse.Namespace) -> int:
@@ -95,23 +103,45 @@ def run_recipe(options: argparse.Namespace) -> int:
     how = {"accept_changes": options.accept_changes} if told.accepts_changes else {}
     result = _named(told.run)(recipe, resume=options.resume, overwrite=options.overwrite, **how)
     if told.reports:
-        _add_report(result.folder)
+        add_report(result.folder)
     return INTERRUPTED if result.interrupted else 0
 
 
 def run_stages(options: argparse.Namespace) -> int:
     """All stages of a file."""
     from fathom.config.pipeline import read_pipeline
-    from fathom.pipeline.run import run_pipeline
     from fathom.quickstart import shipped_recipe
 
     file = options.file or shipped_recipe(options.name)
-    result = run_pipeline(read_pipeline(file, options.overrides), file.parent, redo=options.redo)
+    pipeline = read_pipeline(file, options.overrides)
+    if options.dry_run:
+        from fathom.pipeline.dry_run import dry_run
+
+        dry_run(pipeline, file.parent)
+        return 0
+    from fathom.pipeline.run import run_pipeline
+
+    result = run_pipeline(pipeline, file.parent, redo=options.redo)
+    add_report(result.folder)
     return INTERRUPTED if result.interrupted else 0
 
 
-def _add_report(run: Path) -> None:
-    """The page on a run that has just ended. The run has not failed where that cannot be written."""
+def run_distillation(options: argparse.Namespace) -> int:
+    """A teacher, a student, and the ways between them."""
+    from fathom.config import read_recipe
+    from fathom.pipeline.distill import distill, dry_run
+
+    recipe = read_recipe(options.recipe, options.overrides, recipe_kind("distill"))
+    if options.dry_run:
+        dry_run(recipe)
+        return 0
+    result = distill(recipe, redo=options.redo)
+    add_report(result.folder)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def add_report(run: Path) -> None:
+    """Write the page on a run or a pipeline that has just ended. It has not failed where that cannot be written."""
     from fathom.report.page import write_report
 
     try:

@@ -1,4 +1,4 @@
-"""Hidden neighbours of a folder in the making, and what to do about those that a killed process left."""
+"""Hidden neighbours of a folder or file in the making, and what to do about those that a killed process left."""
 
 import os
 import shutil
@@ -24,6 +24,26 @@ def leftovers(target: Path, purpose: str) -> list[Path]:
         return []
     found = [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
     return sorted(path for path in found if _is_over(path.name.removeprefix(prefix)))
+
+
+def partial(file: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return file.with_name(f".{file.name}.partial")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file that a kill leaves either old or new, and a full disk old."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """As `replace_text`."""
+    scratch = partial(file)
+    try:
+        scratch.write_bytes(content)
+        os.replace(scratch, file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from fathom.data import build as build_data
 from fathom.model.checkpoint import save_model
 from tests.model.configs import V3, build
 
-RECIPE = str(Path(__file__).parents[1] / "recipes" / "quickstart.toml")
+RECIPE = str(Path(__file__).parents[1] / "recipes" / "stdlib.toml")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -144,13 +144,17 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_help_of_a_recipe_says_where_its_fields_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help of a command that takes a recipe's fields shows their form, the sections and the presets."""
-    for verb in ("pretrain", "quickstart"):
+    """The help of a command that takes a recipe's fields shows their form, the sections and the presets; that of a
+    pipeline's, where a stage's fields stand."""
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("[--section.field value ...]", "--dry-run' lists every field", "optimizer,", "deepseek-v3"):
+        assert words in out
+    for verb in ("recipe", "quickstart"):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
-        out = " ".join(capsys.readouterr().out.split())
-        for words in ("[--section.field value ...]", "--dry-run' lists every field", "optimizer,", "deepseek-v3"):
-            assert words in out
+        assert "--zero.train.steps 60" in " ".join(capsys.readouterr().out.split())
 
 
 def test_folder_that_is_not_the_thing_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

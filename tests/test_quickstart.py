@@ -1,25 +1,104 @@
-"""The table that the first ten minutes end with."""
+"""The first quarter of an hour, with a few steps to each stage."""
 
-import json
+import signal
 from pathlib import Path
+from typing import Any
 
-from fathom.config import read_recipe
-from fathom.quickstart import _results, shipped_recipe
-from fathom.train.pretrain import RunResult
+import pytest
+
+import fathom.train.sft as sft
+from fathom.cli import main
+from fathom.config.pipeline import read_pipeline
+from fathom.quickstart import shipped_recipe
+
+FEW: dict[str, dict[str, str]] = {
+    "pretrain": {
+        "data.sources": '["task:modular?levels=2&documents=400"]',
+        "data.path": "runs/data/few",
+        "train.steps": "4",
+        "train.compile": "off",
+        "schedule.warmup_steps": "2",
+        "eval.tokens": "2048",
+    },
+    "rl": {
+        "train.steps": "1",
+        "rollout.problems": "2",
+        "rollout.samples": "2",
+        "rollout.max_tokens": "8",
+        "eval.problems": "2",
+        "eval.probe": "false",
+        "eval.budgets": "[]",
+    },
+    # What hardly knows a digit solves nothing, so rules write the solutions that models will.
+    "synth": {"source": "worked", "model": "none", "problems": "16"},
+    "sft": {"train.epochs": "1", "train.batch": "8", "eval.sample_tokens": "4", "data.held_out": "0"},
+    "model": {},
+}
+MEASURED = {"problems": "2", "samples": "1", "consensus": "[]", "budgets": "[]", "max_tokens": "8"}
 
 
-def test_results_name_what_they_are_of(tmp_path: Path) -> None:
-    """Held-out and last batch's balance are told apart, and the share is of the largest peak measured in the run."""
-    train = {"kind": "train", "tokens": 10, "seconds": 1.0, "bits_per_byte": 3.6}
-    lines = [
-        train | {"step": 1, "loss": 8.3, "tokens_per_second": 1000.0, "gemm_share": 1.25, "max_vio": 2.8},
-        train | {"step": 2, "loss": 4.5, "tokens_per_second": 1000.0, "gemm_share": 0.4, "max_vio": 0.43},
-        {"kind": "eval", "step": 2, "loss": 4.38, "bits_per_byte": 1.83, "max_vio": 0.14},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    result = RunResult(tmp_path, 2, tmp_path / "checkpoints/step_00000002")
-    rows = dict(_results(read_recipe(shipped_recipe("quickstart"), []), result))
-    assert rows["expert balance"].startswith("MaxVio 0.14 on held-out text, 0.43 in the last training batch, 2.80 in")
-    assert rows["of this machine"].startswith("40% of peak")
-    assert rows["held-out loss"] == "4.380 nats per token (training loss of step 1: 8.300)"
-    assert rows["samples"].startswith(str(tmp_path / "samples.md"))
+def few_steps() -> list[str]:
+    """Words that leave every stage of the recipe next to nothing to do."""
+    stages = read_pipeline(shipped_recipe("r1"), []).stages
+    fields = {stage.name: dict(FEW[stage.verb]) for stage in stages}
+    for stage in stages:
+        if stage.yields_model:
+            fields[stage.name] |= {f"evaluation.{name}": value for name, value in MEASURED.items()}
+    return [f"--{stage}.{field}={value}" for stage, own in fields.items() for field, value in own.items()]
+
+
+@pytest.fixture(scope="module")
+def words() -> list[str]:
+    """Words for the command line."""
+    return few_steps()
+
+
+def test_quickstart_goes_on_where_it_was_stopped(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C ends it with 130; called again it goes on behind what is finished, and ends with dialogues, results and a
+    report of the pipeline, whose folder is then a model. A third time makes nothing again."""
+    monkeypatch.chdir(tmp_path)
+    original = sft.update
+
+    def stopping(*arguments: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "update", stopping)
+        assert main(["quickstart", *words]) == 130
+    assert "stopped in stage dev1" in capsys.readouterr().err
+    assert main(["quickstart", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("finished before") == 3
+    stages = [stage.name for stage in read_pipeline(shipped_recipe("r1"), []).stages]
+    assert f"stage {len(stages)} of {len(stages)}, {stages[-1]}" in err
+    for told in ("─── ", "\nbase: ", "results", "took ", "Now try:", "wrote runs/quickstart/report.html"):
+        assert told in out
+    assert "no report was written" not in err
+    page = (tmp_path / "runs" / "quickstart" / "report.html").read_text()
+    assert all(name in page for name in stages)
+    assert main(["load", "runs/quickstart"]) == 0
+    assert main(["quickstart", *words]) == 0
+    assert capsys.readouterr().err.count("finished before") == len(stages)
+
+
+def test_fresh_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--fresh deletes the pipeline with its stages, and nothing that is no pipeline's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "mine"):
+        (tmp_path / "runs" / name / "base").mkdir(parents=True)
+        (tmp_path / "runs" / name / "base" / "notes.txt").write_text("")
+    (tmp_path / "runs" / "quickstart" / "pipeline.json").write_text("{}")
+    made = []
+    monkeypatch.setattr("fathom.quickstart.run_pipeline", lambda pipeline, beside: made.append(pipeline) or stopped)
+    stopped = type("Result", (), {"interrupted": True})()
+    assert main(["quickstart", "--fresh"]) == 130
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+    assert main(["quickstart", "--fresh", "--name", "mine"]) == 130
+    assert (tmp_path / "runs" / "mine" / "base" / "notes.txt").exists()
+    assert [pipeline.name for pipeline in made] == ["quickstart", "mine"]

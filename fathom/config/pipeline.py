@@ -17,19 +17,21 @@
     set = { model = "@base", train.steps = 60 }
 
 In a stage's fields, `@base` stands for the folder of the earlier stage `base`, and `@traces/traces.jsonl` for a file in
-one. On the command line a stage's fields stand behind its name: `--zero.train.steps 60`.
+one. On the command line a stage's fields stand behind its name: `--zero.train.steps 60`, and those of its measurement
+behind `evaluation`: `--zero.evaluation.samples 16`.
 """
 
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import tomli_w
 from pydantic import Field, field_validator, model_validator
 
 from fathom.config.evaluation import EvaluationSettings
-from fathom.config.recipe import PretrainRecipe, Recipe, flag_pairs, flag_value, override
+from fathom.config.recipe import PretrainRecipe, Recipe, flag_pairs, flag_value, override, unset_optional
 from fathom.config.rewards import Layout
 from fathom.config.rl import PromptSection, RLRecipe
 from fathom.config.section import Section, field_type
@@ -37,8 +39,26 @@ from fathom.config.sft import SFTRecipe
 from fathom.config.synth import SynthRecipe
 from fathom.errors import UserError, nearest
 
-Verb = Literal["pretrain", "synth", "sft", "rl"]
-KINDS: Mapping[str, type[Recipe]] = {"pretrain": PretrainRecipe, "synth": SynthRecipe, "sft": SFTRecipe, "rl": RLRecipe}
+
+class ModelRecipe(Recipe):
+    """A model as it is: it is measured, and nothing is trained."""
+
+    VERB: ClassVar[str] = "model"
+    FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = ("name", "seed")
+    FIXED: ClassVar[tuple[str, ...]] = ()
+
+    model: str
+    """A run, a model folder, a hub name, a `.gguf` file, or `package:NAME`."""
+
+
+Verb = Literal["pretrain", "synth", "sft", "rl", "model"]
+KINDS: Mapping[str, type[Recipe]] = {
+    "pretrain": PretrainRecipe,
+    "synth": SynthRecipe,
+    "sft": SFTRecipe,
+    "rl": RLRecipe,
+    "model": ModelRecipe,
+}
 """What a stage's recipe is, by its verb."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _REFERENCE = re.compile(r"@([A-Za-z0-9_][A-Za-z0-9_.-]*)(/.*)?", re.DOTALL)
@@ -50,7 +70,7 @@ class StageSection(Section):
     name: str
     """Its folder in the pipeline's, and what later stages call it by: `@name`."""
     verb: Verb
-    """What is done: `pretrain`, `synth`, `sft` or `rl`."""
+    """What is done: `pretrain`, `synth`, `sft` or `rl`; nothing to a `model`, which `@name` then stands for."""
     recipe: str | None = None
     """A recipe file, beside the pipeline's own; none: `set` says everything."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -59,6 +79,10 @@ class StageSection(Section):
     """How its model is asked when it is measured; none: as a stage `rl` asks itself, else as `evaluation.prompt`."""
     layout: Layout | None = None
     """Where answers are looked for then; none: likewise."""
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    """Fields in the place of `[evaluation]`'s when it is measured, as in `{ budgets = [0, 8, 16], samples = 16 }`."""
+    minutes: float | None = Field(default=None, gt=0)
+    """What it takes on a machine of two cores, measuring included. Only the time left is worked out from it."""
 
     @field_validator("name")
     @classmethod
@@ -67,20 +91,35 @@ class StageSection(Section):
             raise ValueError("a stage's name is a folder's name: letters, digits, '-', '_' and '.'")
         return name
 
-    def resolved(self, folder: Path, seed: int, beside: Path) -> Recipe:
-        """The recipe that it runs, with references to earlier stages in `folder` as paths. Raises `UserError`."""
-        where, values = f"stage {self.name}", {}
-        if self.recipe is not None:
-            file = beside / self.recipe
-            try:
-                values = tomllib.loads(file.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise UserError(f"{where}: recipe {file}: {error.strerror}") from None
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}: recipe {file}: not valid TOML ({error})") from None
-        values = override({"seed": seed} | values if self.recipe is None else values | {"seed": seed}, self.set)
-        values = _with_paths(values, folder) | {"name": self.name}
-        return KINDS[self.verb].parse(values, where=where)
+    @model_validator(mode="after")
+    def _measures_models_alone(self) -> Self:
+        if not self.yields_model and (self.evaluation or self.prompt or self.layout):
+            raise ValueError("a stage 'synth' yields no model, so leave evaluation, prompt and layout out")
+        return self
+
+    @property
+    def yields_model(self) -> bool:
+        """Whether there is a model afterwards, and so something to measure."""
+        return self.verb != "synth"
+
+    def read(self, beside: Path) -> dict[str, Any]:
+        """The fields of its recipe file. Raises `UserError`."""
+        if self.recipe is None:
+            return {}
+        where, file = f"stage {self.name}", beside / self.recipe
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{where}: recipe {file}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: recipe {file}: not valid TOML ({error})") from None
+        return {key: value for key, value in values.items() if key not in ("name", "seed")}
+
+    def resolved(self, places: Mapping[str, str], seed: int, beside: Path) -> Recipe:
+        """The recipe that it runs, where `places` are the paths that earlier stages stand for. Raises `UserError`."""
+        kind = KINDS[self.verb]
+        values = {"seed": seed} | override(self.read(beside), _with_paths(self.set, places)) | {"name": self.name}
+        return kind.parse(unset_optional(values, kind), where=f"stage {self.name}")
 
     @property
     def references(self) -> frozenset[str]:
@@ -99,6 +138,12 @@ class Pipeline(Section):
     """The held-out problems, the same after every stage."""
     stages: tuple[StageSection, ...] = Field(min_length=1)
     """In the order in which they run."""
+    serves: str | None = None
+    """The stage whose model the pipeline's folder stands for; none: the last that has trained one."""
+    price_per_hour: float = Field(default=0.10, ge=0)
+    """Of this machine."""
+    currency: str = "$"
+    """Of that price."""
 
     @field_validator("name")
     @classmethod
@@ -121,6 +166,46 @@ class Pipeline(Section):
             earlier.append(stage.name)
         return self
 
+    @model_validator(mode="after")
+    def _serves_a_model(self) -> Self:
+        models = [stage.name for stage in self.stages if stage.yields_model]
+        if self.serves is not None and self.serves not in models:
+            raise ValueError(
+                f"serves = '{self.serves}' is no stage that yields a model{nearest(self.serves, models)}; there are: "
+                f"{', '.join(models) or 'none'}"
+            )
+        return self
+
+    def recipes(self, folder: Path, beside: Path) -> dict[str, Recipe]:
+        """What every stage runs, by its name, in `folder`; recipe files are read `beside`. Raises `UserError`."""
+        found: dict[str, Recipe] = {}
+        places: dict[str, str] = {}
+        for stage in self.stages:
+            recipe = found[stage.name] = stage.resolved(places, self.seed, beside)
+            places[stage.name] = recipe.model if isinstance(recipe, ModelRecipe) else str(folder / stage.name)
+        return found
+
+    def settings(self, stage: StageSection, recipe: Recipe) -> EvaluationSettings:
+        """How a stage's model is measured, which is asked as it was trained to be. Raises `UserError`."""
+        asked: dict[str, Any] = {}
+        if isinstance(recipe, RLRecipe):
+            asked = {"prompt": recipe.prompt.model_dump(), "layout": recipe.rewards.layout.model_dump()}
+        asked |= {name: own.model_dump() for name in ("prompt", "layout") if (own := getattr(stage, name)) is not None}
+        values = self.evaluation.model_dump() | asked | unset_optional(stage.evaluation, EvaluationSettings)
+        return EvaluationSettings.parse(values, where=f"stage {stage.name}: evaluation")
+
+
+def dump_pipeline(pipeline: Pipeline, beside: Path) -> str:
+    """Every field that was set, as TOML for `read_pipeline` that needs no other file: what recipe files `beside` say
+    stands in `set`. Raises `UserError`."""
+    values = pipeline.model_dump(exclude_unset=True, exclude_none=True)
+    values["stages"] = [
+        stage.model_dump(exclude_unset=True, exclude_none=True, exclude={"recipe"})
+        | {"set": _without_null(override(stage.read(beside), stage.set))}
+        for stage in pipeline.stages
+    ]
+    return tomli_w.dumps(values)
+
 
 def read_pipeline(path: Path, words: list[str]) -> Pipeline:
     """The pipeline in a TOML file, changed by `--section.field value` and `--stage.section.field value` pairs. Raises
@@ -131,7 +216,7 @@ def read_pipeline(path: Path, words: list[str]) -> Pipeline:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    pipeline = Pipeline.parse(values, where=str(path))
+    pipeline = Pipeline.parse(unset_optional(values, Pipeline), where=str(path))
     stages = {stage.name: stage for stage in pipeline.stages}
     for key, text in flag_pairs(words):
         first, *rest = names = key.replace("-", "_").split(".")
@@ -141,10 +226,13 @@ def read_pipeline(path: Path, words: list[str]) -> Pipeline:
             continue
         if not rest:
             raise UserError(f"'--{key}': say which field of the stage, as in --{key}.train.steps 10")
-        value = None if text == "none" else flag_value(text, field_type(KINDS[stage.verb], rest))
-        stages[stage.name] = stage.model_copy(update={"set": override(stage.set, _nested(rest, value))})
+        field, kind = "set", KINDS[stage.verb]
+        if rest[0] == "evaluation":
+            field, kind, rest = "evaluation", EvaluationSettings, rest[1:]
+        changed = override(getattr(stage, field), _nested(rest, flag_value(text, field_type(kind, rest))))
+        stages[stage.name] = stage.model_copy(update={field: changed})
     listed = [stage.model_dump(exclude_unset=True) for stage in stages.values()]
-    return Pipeline.parse(values | {"stages": listed}, where=str(path))
+    return Pipeline.parse(unset_optional(values | {"stages": listed}, Pipeline), where=str(path))
 
 
 def _nested(names: list[str], value: Any) -> dict[str, Any]:
@@ -164,12 +252,20 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _with_paths(value: Any, folder: Path) -> Any:
+def _with_paths(value: Any, places: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         found = _REFERENCE.fullmatch(value)
-        return f"{folder / found[1]}{found[2] or ''}" if found else value
+        return f"{places[found[1]]}{found[2] or ''}" if found else value
     if isinstance(value, Mapping):
-        return {key: _with_paths(item, folder) for key, item in value.items()}
+        return {key: _with_paths(item, places) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_paths(item, folder) for item in value]
+        return [_with_paths(item, places) for item in value]
     return value
+
+
+def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: the text `none` unsets an optional field."""
+    return {
+        key: _without_null(value) if isinstance(value, Mapping) else "none" if value is None else value
+        for key, value in values.items()
+    }

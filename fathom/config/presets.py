@@ -134,7 +134,7 @@ def fathom_59m() -> ModelConfig:
 
 
 def fathom_tiny() -> ModelConfig:
-    """The quickstart's model: every part of V3, small enough to learn from text in minutes on two cores."""
+    """The model of recipes/stdlib.toml: every part of V3, small enough to learn from text in minutes on two cores."""
     return fathom_59m().replace(
         hidden_size=256,
         intermediate_size=704,
@@ -172,6 +172,23 @@ def fathom_nano() -> ModelConfig:
         moe_intermediate_size=128,
         n_group=1,
         topk_group=1,
+    )
+
+
+def llama_nano() -> ModelConfig:
+    """A dense student for fathom-nano: its vocabulary and context, and fewer parameters than a token meets there."""
+    nano = fathom_nano()
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=nano.vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=nano.max_position_embeddings,
+        # Small matrices drawn from V3's N(0, 0.006²) learn to copy hundreds of steps later.
+        initializer_range=0.15,
     )
 
 
@@ -214,6 +231,7 @@ PRESETS = {
     "fathom-tiny": fathom_tiny,
     "fathom-latent512": fathom_latent512,
     "fathom-nano": fathom_nano,
+    "llama-nano": llama_nano,
     "smollm2-135m": smollm2_135m,
 }
 

@@ -283,7 +283,7 @@ def read_recipe(path: Path, overrides: list[str], kind: type[AnyRecipe] = Pretra
     flags = {key.replace("-", "_"): text for key, text in flag_pairs(overrides)}
     for key, text in flags.items():
         _set(values, key, text, kind)
-    return kind.parse(_unset(values, kind), where=str(path), flags=flags)
+    return kind.parse(unset_optional(values, kind), where=str(path), flags=flags)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -324,6 +324,7 @@ def _verb_of(values: Mapping[str, Any]) -> str | None:
     data = values.get("data")
     marks = {
         "recipe": "stages" in values,
+        "distill": "teacher" in values and "task" not in values,
         "rl": "task" in values,
         "synth": "tasks" in values,
         "sft": isinstance(data, dict) and "files" in data,
@@ -364,13 +365,13 @@ def flag_value(text: str, annotation: Any) -> Any:
     return value
 
 
-def _unset(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+def unset_optional(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
     """`values` with None for the text `none` in optional fields of `section` and of the sections inside it."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         inner = section_at(section, [key])
         if isinstance(value, dict) and inner is not None:
-            value = _unset(value, inner)
+            value = unset_optional(value, inner)
         elif value == "none" and is_optional(field_type(section, [key])):
             value = None
         result[key] = value

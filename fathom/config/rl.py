@@ -1,5 +1,6 @@
 """What a reinforcement-learning run is: a model, a task, rewards, and a loss."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -157,6 +158,11 @@ class RLRecipe(Recipe):
 
     model: str
     """What training begins with: a run, a model folder, a hub name, a `.gguf` file."""
+    teacher: str | None = None
+    """On-policy distillation: a model of the same vocabulary, named as `model` is, judges every token that is drawn, in
+    the place of rewards; these are then only measured."""
+    teacher_prompt: PromptSection | None = None
+    """How the teacher is asked; none: as this model is. What this one answers is judged behind that prompt."""
     task: TaskSection
     prompt: PromptSection = PromptSection()
     rewards: Rewards = Rewards()
@@ -191,6 +197,15 @@ class RLRecipe(Recipe):
             raise ValueError(
                 f"loss.sampler_correction = {self.loss.sampler_correction} with rollout.endpoint needs "
                 "rollout.temperature = 1, the only one at which endpoints give log-probabilities"
+            )
+        if self.teacher is not None and Path(self.teacher) == Path(self.model):
+            raise ValueError(f"teacher = {self.teacher} is the model itself, which it cannot teach; name another")
+        if self.teacher is None and self.teacher_prompt is not None:
+            raise ValueError("teacher_prompt without a teacher; name one, or leave it out")
+        if self.teacher is not None and self.rollout.resample:
+            raise ValueError(
+                f"rollout.resample = {self.rollout.resample} with a teacher: every problem is learnt from, whatever "
+                "its rewards, so that none is to be drawn again; set it to 0"
             )
         if self.task.start is not None and self.task.start > self.task.levels:
             raise ValueError(f"task.start = {self.task.start} is above task.levels = {self.task.levels}")

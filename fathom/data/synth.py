@@ -28,14 +28,15 @@ class SyntheticSettings(Section):
     """How many; equal ones count."""
     thinking: Share = 0.5
     """Share of documents with thoughts."""
-    levels: int | None = Field(default=None, ge=1)
-    """Levels 1 to this, equally often; none: all that the task has."""
     seed: int = 1
     """Seed of problems and thoughts."""
 
 
 class WorkedProblems:
-    """Documents of the source `task:NAME?option=value&…`: `SyntheticSettings`' options and the task's own."""
+    """Documents of the source `task:NAME?option=value&…`: `SyntheticSettings`' options and the task's own.
+
+    Levels come equally often.
+    """
 
     def __init__(self, source: str) -> None:
         """Raises `UserError` for a task or option that there is not, and for a task that shows no way to its answer."""
@@ -45,8 +46,6 @@ class WorkedProblems:
         kinds = {key: field.annotation for key, field in fields.items()}
         self.settings = SyntheticSettings.parse(read_options(own, kinds, where=name), where=source)
         self.task = open_task(_spelt(name, {key: value for key, value in options.items() if key not in fields}))
-        if (self.settings.levels or 1) > self.task.levels:
-            raise UserError(f"{source}: levels = {self.settings.levels}, but the task has {self.task.levels}")
         example = next(self.task.problems("train"))
         if not example.answer or self.task.solution(example, random.Random(0)) is None:
             raise UserError(f"{source}: this task writes no worked solutions; give it a `solution`, or take another")
@@ -54,7 +53,7 @@ class WorkedProblems:
     def documents(self) -> Iterator[tuple[str, str]]:
         """Text and what it is; the same every time. Raises `UserError` where a task's answer fails its own check."""
         settings, task = self.settings, self.task
-        levels = range(1, (settings.levels or task.levels) + 1)
+        levels = range(1, task.levels + 1)
         problems = [task.problems("train", level=level, seed=settings.seed) for level in levels]
         source = random.Random(f"{task.called} documents {settings.seed}")
         for _ in range(settings.documents):

@@ -30,12 +30,14 @@ _PLAIN = (
     "check_seconds", "sandbox",
 )  # fmt: skip
 """Options that are fields of `EvaluationSettings` by the same name."""
+_LEARNT = ("tasks", "levels", "check_seconds", "sandbox", "max_tokens", "prompt", "layout")
+"""Fields of `EvaluationSettings` that belong to a model, and not to how it is measured."""
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """All options."""
     add = parser.add_argument
-    add("model", nargs="?", help="a run, a model folder, a .gguf file, or a hub name")
+    add("model", nargs="?", help="a run or pipeline, a model folder, a .gguf file, or a hub name")
     add("--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (the machine's best)")
     add("--endpoint", metavar="URL", help="an OpenAI-compatible server, in the place of MODEL")
     add("--model-name", metavar="NAME", help="what that server calls the model (the only one it has)")
@@ -106,12 +108,11 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> "EvaluationSettings":
-    """What the run says, if it is one with a task, and before it what the options say."""
+    """What the run or pipeline says, if it has a task, and before it what the options say."""
     from fathom.config.evaluation import EvaluationSettings
 
     given = {name: value for name in _PLAIN if (value := getattr(options, name)) is not None}
-    recipe = None if options.model is None else recipe_of(Path(options.model).expanduser())
-    values = {} if recipe is None else of_recipe(recipe)
+    values = {} if options.model is None else _asked_before(Path(options.model).expanduser())
     if options.task is not None and options.task != list(values.get("tasks", ())):
         values.pop("levels", None)  # they are those of the run's own task
         values["tasks"] = options.task
@@ -125,6 +126,18 @@ def _settings(options: argparse.Namespace) -> "EvaluationSettings":
     if options.layout is not None:
         values["layout"] = values.get("layout", {"thoughts": "optional"}) | {"form": options.layout}
     return EvaluationSettings.parse(values | given, where="eval")
+
+
+def _asked_before(path: Path) -> dict[str, Any]:
+    """Fields of `EvaluationSettings` under which the model at `path` learnt, or a pipeline measured it; none where
+    nothing tells. Raises `UserError`."""
+    from fathom.config.evaluation import EvaluationSettings
+    from fathom.pipeline.state import served
+
+    if (stage := served(path)) is not None and stage.state.evaluation is not None:
+        measured = EvaluationSettings.parse(stage.state.evaluation["settings"], where=str(path))
+        return {name: value for name, value in measured.model_dump().items() if name in _LEARNT}
+    return {} if (recipe := recipe_of(path)) is None else of_recipe(recipe)
 
 
 def recipe_of(path: Path) -> "RLRecipe | None":
@@ -204,7 +217,7 @@ def _answers(options: argparse.Namespace) -> "Iterator[Answers]":
 def _write(found: "Evaluation", target: Path) -> None:
     """The numbers, and the charts beside them."""
     from fathom.evaluate.figures import draw_evaluation
-    from fathom.train.run import replace_text
+    from fathom.scratch import replace_text
 
     texts = {target: json.dumps(found.as_json(), indent=2, ensure_ascii=False) + "\n"}
     if chart := draw_evaluation(found):

@@ -16,9 +16,12 @@ from fathom.errors import UserError
 from fathom.evaluate.answers import Answers, Reply
 from fathom.evaluate.energy import EnergyMeter
 from fathom.evaluate.results import Evaluation, Graded, Measurement, Prices, Spent, Tried, measured
+from fathom.evaluate.transcripts import shown
+from fathom.tasks import language
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.checker import Checker
-from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+from fathom.tasks.mixture import uses_sandbox
+from fathom.tasks.programs import shared_sandbox, use_sandbox
 from fathom.tasks.reading import read
 from fathom.tasks.task import Problem
 from fathom.train.rollout import held_out_problems
@@ -86,7 +89,7 @@ def _problems(name: str, settings: EvaluationSettings) -> list[Problem]:
     task = open_task(name)
     if settings.levels is not None and settings.levels > task.levels:
         raise UserError(f"levels = {settings.levels}, but task {task.called} has {task.levels}; lower it")
-    if in_sandbox(task):
+    if uses_sandbox(task):
         use_sandbox(settings.sandbox)
         shared_sandbox()  # where there is none, the person hears of it now, and not as wrong answers
     found = held_out_problems(task, settings.levels or task.levels, settings.problems, seed=settings.seed)
@@ -122,7 +125,16 @@ class _Trial:
 
     def measured(self, settings: EvaluationSettings, prices: Prices | None) -> Measurement:
         """By the problems tried so far."""
-        return measured(self.task, self.budget, self.tried, settings, self.spent, prices=prices, left_out=self.left_out)
+        return measured(
+            self.task,
+            self.budget,
+            self.tried,
+            settings,
+            self.spent,
+            prices=prices,
+            left_out=self.left_out,
+            shown=shown(self.problems),
+        )
 
 
 def grade(reply: Reply, checker: Checker, settings: EvaluationSettings) -> Tried:
@@ -134,11 +146,11 @@ def grade(reply: Reply, checker: Checker, settings: EvaluationSettings) -> Tried
     graded = tuple(
         Graded(
             answer,
+            reading,
             None if reading.answer is None else one_spelling(reading.answer),
             verdict.score,
-            reading.well_formed,
+            language.share(reading.thought, reply.problem.language),
             verdict.fault,
-            reading.fault if reading.answer is None else "",
         )
         for answer, reading, verdict in zip(reply.answers, readings, verdicts, strict=True)
     )

@@ -1,6 +1,7 @@
 """The charts of an evaluation, in one SVG file: accuracy over thought, over samples, by level."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fathom.evaluate.results import Evaluation, Measurement
 from fathom.evaluate.statistics import Estimate
@@ -48,7 +49,7 @@ def _by_budget(name: str, task: str, free: Measurement | None, cut: list[Measure
 
 def _by_samples(name: str, task: str, free: Measurement) -> Chart:
     series = (_series("cons@k: the majority is right", free.cons_at), _series("pass@k: one is right", free.pass_at))
-    return _chart(name, f"{task}: accuracy over samples", series, "samples")
+    return replace(_chart(name, f"{task}: accuracy over samples", series, "samples"), doubling=True)
 
 
 def _series(name: str, points: Mapping[int, Estimate]) -> Series:

@@ -9,6 +9,8 @@ from typing import Any
 from fathom.config.evaluation import EvaluationSettings
 from fathom.evaluate.answers import Answer
 from fathom.evaluate.statistics import Estimate, Votes, cons_at, estimate, pass_at
+from fathom.evaluate.transcripts import Transcript
+from fathom.tasks.reading import Reading
 from fathom.tasks.task import Problem
 
 VERSION = 1
@@ -20,16 +22,15 @@ class Graded:
     """A completion, read and checked."""
 
     answer: Answer
+    reading: Reading
     said: str | None
     """Its final answer in one spelling for equal answers; None where there is not exactly one."""
     score: float
     """0 to 1, by the task."""
-    well_formed: bool
-    """Whether it keeps the layout to the letter."""
+    language: float | None = None
+    """Share of its thought's words that are in the problem's language; None where it has no word."""
     fault: str = ""
     """Why the check itself failed."""
-    unread_for: str = ""
-    """Why it has no answer."""
 
     @property
     def right(self) -> bool:
@@ -141,7 +142,11 @@ class Measurement:
     """Problems that could not be asked, or not as often as wanted."""
     left_out_for: str
     """Why the first of them was."""
+    language: float | None
+    """Mean share of a thought's words that are in the problem's language; None where no thought has a word."""
     cost: Cost
+    transcripts: tuple[Transcript, ...] = ()
+    """Of a few problems, the same ones for every model, the first sample each."""
 
     @property
     def pass_at_1(self) -> Estimate:
@@ -210,11 +215,15 @@ def measured(
     *,
     prices: Prices | None = None,
     left_out: Sequence[str] = (),
+    shown: Sequence[Problem] = (),
 ) -> Measurement:
-    """The measurement that `tried` makes, in whatever order; `left_out` says why each of the other problems was."""
+    """The measurement that `tried` makes, in whatever order; `left_out` says why each of the other problems was, and
+    `shown` of which there are transcripts."""
     graded = [sample for one in tried for sample in one.samples]
     faults = [sample.fault for sample in graded if sample.fault]
-    unread = Counter(sample.unread_for for sample in graded if sample.unread_for)
+    unread = Counter(sample.reading.fault for sample in graded if sample.reading.answer is None)
+    in_language = [sample.language for sample in graded if sample.language is not None]
+    firsts = {one.problem.question: one.samples[0] for one in tried}
     by_level: dict[int, list[float]] = defaultdict(list)
     for one in tried:
         by_level[one.problem.level].append(one.pass_at(1))
@@ -230,7 +239,7 @@ def measured(
         votes,
         {level: Level(len(own), estimate(own, settings.samples)) for level, own in sorted(by_level.items())},
         score=statistics.fmean(sample.score for sample in graded),
-        well_formed=statistics.fmean(sample.well_formed for sample in graded),
+        well_formed=statistics.fmean(sample.reading.well_formed for sample in graded),
         unread=statistics.fmean(sample.said is None for sample in graded),
         unread_for=next((reason for reason, _ in unread.most_common(1)), ""),
         truncated=statistics.fmean(not sample.answer.finished for sample in graded),
@@ -240,7 +249,13 @@ def measured(
         fault=faults[0] if faults else "",
         left_out=len(left_out),
         left_out_for=left_out[0] if left_out else "",
+        language=statistics.fmean(in_language) if in_language else None,
         cost=_cost(graded, spent, prices),
+        transcripts=tuple(
+            Transcript.of(problem, first.answer, first.reading, right=first.right)
+            for problem in shown
+            if (first := firsts.get(problem.question)) is not None
+        ),
     )
 
 

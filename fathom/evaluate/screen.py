@@ -103,6 +103,8 @@ def _rows(found: Measurement) -> Iterator[tuple[str, str]]:
     yield "cut off", _percent(found.truncated)
     yield "no answer found", _percent(found.unread)
     yield "layout kept", _percent(found.well_formed)
+    if found.language is not None and found.language < 1:
+        yield "language kept", f"{_percent(found.language)} of the words of a thought"
     yield "failed checks", str(found.faults)
     energy = "joules not readable here" if cost.joules is None else f"{cost.joules:.0f} J"
     yield "took", f"{cost.seconds:.1f} s, {energy}"

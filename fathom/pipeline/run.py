@@ -2,12 +2,14 @@
 that yields a model it is measured on the same held-out problems.
 
     runs/r1/
-        pipeline.json        what is begun and what is finished (`fathom.pipeline.state`)
+        pipeline.toml        the pipeline as run (`fathom.pipeline.state`)
+        pipeline.json        what is begun and what is finished
+        held-out.jsonl       the problems that stages are measured with, which no stage may learn from
         base/, zero/, …      the stages' own runs
         …/evaluation.json    what was measured after each
 """
 
-import hashlib
+import contextlib
 import json
 import shutil
 import time
@@ -18,29 +20,31 @@ from typing import Any
 
 from rich.console import Console
 
-from fathom.config.evaluation import EvaluationSettings
-from fathom.config.pipeline import Pipeline, StageSection
-from fathom.config.recipe import Recipe
-from fathom.config.rl import RLRecipe
+from fathom.config.pipeline import ModelRecipe, Pipeline, StageSection, dump_pipeline
+from fathom.config.sft import SFTRecipe
 from fathom.config.synth import SynthRecipe
 from fathom.engine.engine import Engine, EngineSettings
 from fathom.errors import UserError
 from fathom.evaluate.answers import EngineAnswers
 from fathom.evaluate.command import RESULT
-from fathom.evaluate.evaluate import evaluate, held_out
-from fathom.evaluate.results import Evaluation
+from fathom.evaluate.energy import EnergyMeter
+from fathom.evaluate.evaluate import INTERRUPTED, evaluate, held_out
 from fathom.model.checkpoint import load
-from fathom.pipeline.state import StageState, read_state, write_state
-from fathom.pipeline.table import print_stages
+from fathom.pipeline.plan import Plan, plan_pipeline, require_what_is_elsewhere
+from fathom.pipeline.progress import PipelineProgress
+from fathom.pipeline.state import RECIPE, STATE, StageState, write_file, write_state
+from fathom.pipeline.table import print_stages, result_of
+from fathom.scratch import neighbour, sweep
 from fathom.synth.factory import synthesize
+from fathom.train.display import Display, part_of
 from fathom.train.pretrain import pretrain
 from fathom.train.rl import train_rl
-from fathom.train.run import RunFolder, model_folder, replace_text
+from fathom.train.run import RunFolder, locked, model_folder
 from fathom.train.sft import train_sft
+from fathom.train.signals import sigterm_interrupts
 
-_INERT = ("checkpoint", "eval")
-"""Sections of a recipe that do not change what its run ends with."""
 _TRAINERS: Mapping[str, Callable[..., Any]] = {"pretrain": pretrain, "sft": train_sft, "rl": train_rl}
+_HELD_OUT = "held-out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,88 +66,149 @@ def run_pipeline(
     `redo` makes stages again whose recipe has changed, and those that build on them; without it they are refused.
     Raises `UserError` for everything a person can put right; what was finished before stays so.
     """
-    console = console or Console(stderr=True)
-    folder = runs / pipeline.name
-    # Every recipe is read before the first stage begins: a typo in the last should not cost an hour.
-    recipes = {stage.name: stage.resolved(folder, pipeline.seed, beside) for stage in pipeline.stages}
-    held_out(pipeline.evaluation)
-    if RunFolder(folder).recipe.exists():
-        raise UserError(f"{folder}: is a single run, not a pipeline's; give the pipeline another --name")
-    fingerprints = _fingerprints(pipeline, recipes)
-    before = read_state(folder)
-    stale = [name for name, own in fingerprints.items() if name in before and before[name].fingerprint != own]
-    if stale and not redo:
+    plan = plan_pipeline(pipeline, beside, runs)
+    if plan.stale and not redo:
         raise UserError(
-            f"{folder}: stage {stale[0]} was made by another recipe, or on another stage; put it back, give the "
-            "pipeline another --name, or make it and what builds on it again with --redo"
+            f"{plan.folder}: stage {plan.stale[0]} was {'made' if plan.before[plan.stale[0]].finished else 'begun'} by "
+            "another recipe, or on another stage; put it back, give the pipeline another --name, or make it and what "
+            "builds on it again with --redo"
         )
-    stages = {name: before[name] for name in recipes if name in before and name not in stale}
-    for number, stage in enumerate(pipeline.stages, 1):
-        own = stages.get(stage.name) or StageState(stage.verb, fingerprints[stage.name])
-        title = f"stage {number} of {len(pipeline.stages)}, {stage.name} ({stage.verb})"
-        if own.finished:
-            _say(console, f"{title}: finished before")
-            continue
-        _say(console, title)
-        began = time.perf_counter()
-        if stage.name in stale:
-            _remove(folder / stage.name)
-        elif stage.name not in before and (folder / stage.name).exists():
-            raise UserError(f"{folder / stage.name}: is there and was not made by this pipeline; remove it yourself")
-        stages[stage.name] = own
-        write_state(folder, stages)
-        ended = _make(stage, recipes[stage.name], folder, console)
+    require_what_is_elsewhere(plan)
+    rows = [json.dumps({"question": question}, ensure_ascii=False) for question in plan.questions]
+    with sigterm_interrupts(), locked(plan.folder):
+        write_file(plan.folder / RECIPE, dump_pipeline(pipeline, beside))
+        write_file(plan.folder / _HELD_OUT, "\n".join(rows) + "\n")
+        return _Session(plan, console or Console(stderr=True)).run()
+
+
+def remove_pipeline(folder: Path) -> None:
+    """Delete a pipeline with all its stages, where one is in `folder`. Raises `UserError` where it is under way."""
+    if (folder / STATE).exists():
+        with locked(folder):
+            # One rename: a kill while it is being deleted leaves no half of it to be gone on with.
+            folder.rename(neighbour(folder, "removed"))
+    sweep(folder, "removed")
+
+
+class _Session:
+    """The stages from where they stand to where they end."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._plan, self._console = plan, console
+        kept = [name for name in plan.recipes if name in plan.before and name not in plan.stale]
+        self._states = {name: plan.before[name] for name in kept}
+        self._progress = PipelineProgress(plan.pipeline.stages, self._states, record=self._record_in_passing)
+
+    def run(self) -> PipelineResult:
+        """Stage by stage, until all are finished or a person stops them. Raises `UserError`."""
+        stages = self._plan.pipeline.stages
+        for number, stage in enumerate(stages, 1):
+            if stage.name in self._states and self._states[stage.name].finished:
+                self._say(f"stage {number} of {len(stages)}, {stage.name}: finished before")
+            elif not self._finish(stage):
+                self._say(f"stopped in stage {stage.name}; run the same command again to go on")
+                return PipelineResult(self._plan.folder, self._in_order(), interrupted=True)
+        print_stages(self._in_order(), self._console)
+        return PipelineResult(self._plan.folder, self._in_order())
+
+    def _finish(self, stage: StageSection) -> bool:
+        """Make what is missing of a stage, and measure it; False where a person stopped it."""
+        self._begin(stage)
         evaluation = None
-        if ended and not isinstance(recipes[stage.name], SynthRecipe):
-            found = _measure(stage, recipes[stage.name], pipeline.evaluation, folder)
-            ended, evaluation = not found.stopped, found.as_json()
-        seconds = own.seconds + time.perf_counter() - began
-        stages[stage.name] = replace(own, finished=ended, seconds=seconds, evaluation=evaluation if ended else None)
-        write_state(folder, stages)
-        if not ended:
-            _say(console, f"stopped in stage {stage.name}; run the same command again to go on")
-            return PipelineResult(folder, stages, interrupted=True)
-        if evaluation is not None:
-            print_stages(stages, console)
-    return PipelineResult(folder, stages)
+        try:
+            with part_of(self._progress):
+                ended = self._make(stage)
+                if ended and stage.yields_model:
+                    evaluation = self._measure(stage)
+                    ended = evaluation["complete"]
+        except KeyboardInterrupt:
+            ended = False
+        except (UserError, OSError) as error:
+            self._record_in_passing()
+            said = error if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror or error}"
+            raise UserError(
+                f"stage {stage.name}: {said}; what is finished is kept: once mended, run the same command again"
+            ) from None
+        self._record(finished=ended, evaluation=evaluation if ended else None)
+        if ended and evaluation is not None:
+            self._say(f"{stage.name}: {result_of(self._states[stage.name])}")
+        return ended
 
+    def _begin(self, stage: StageSection) -> None:
+        """Take up a stage where earlier sessions left it."""
+        plan, name = self._plan, stage.name
+        if name in plan.stale:
+            _remove(plan.folder / name)
+        elif name not in plan.before and (plan.folder / name).exists():
+            raise UserError(f"{plan.folder / name}: is there and was not made by this pipeline; remove it yourself")
+        self._name, self._began, self._energy = name, time.perf_counter(), EnergyMeter()
+        now = plan.fingerprints[name]
+        earlier = self._states.get(name) or StageState(stage.verb, "", joules=0.0)
+        self._states[name] = self._earlier = replace(earlier, fingerprint=now.whole, below=now.below)
+        write_state(plan.folder, self._in_order())
+        self._progress.begin(stage, plan.settings.get(name))
+        self._say(self._progress.words())
 
-def _make(stage: StageSection, recipe: Recipe, folder: Path, console: Console) -> bool:
-    """Run a stage to its end; False where a person stopped it."""
-    how = {"console": console, "runs": folder, "resume": RunFolder(folder / stage.name).recipe.exists()}
-    if isinstance(recipe, SynthRecipe):
-        return not synthesize(recipe, **how).interrupted
-    return not _TRAINERS[stage.verb](recipe, **how).interrupted
+    def _make(self, stage: StageSection) -> bool:
+        """Run a stage to its end; False where a person stopped it."""
+        recipe, folder = self._plan.recipes[stage.name], self._plan.folder
+        if isinstance(recipe, ModelRecipe):
+            return True
+        how = {"console": self._console, "runs": folder, "resume": RunFolder(folder / stage.name).recipe.exists()}
+        if isinstance(recipe, SynthRecipe):
+            kept_out = (*recipe.decontamination.files, str(folder / _HELD_OUT))
+            section = recipe.decontamination.replace(files=kept_out).model_dump()
+            return not synthesize(recipe.replace(decontamination=section), **how).interrupted
+        if isinstance(recipe, SFTRecipe):
+            self._plan.refuse_contaminated(recipe.data.files)
+        return not _TRAINERS[stage.verb](recipe, **how).interrupted
 
+    def _measure(self, stage: StageSection) -> dict[str, Any]:
+        """The stage's model on held-out problems, as JSON. Raises `UserError` where it cannot be asked."""
+        recipe, folder = self._plan.recipes[stage.name], self._plan.folder
+        settings = self._plan.settings[stage.name]
+        problems = held_out(settings)
+        path = recipe.model if isinstance(recipe, ModelRecipe) else folder / stage.name
+        model, tokenizer = load(model_folder(path), dtype="float32")
+        if tokenizer is None:
+            raise UserError(f"{path}: has no tokenizer, without which no problem can be put to it")
+        self._progress.begin_measuring()
+        total = sum(map(len, problems.values())) * (1 + len(settings.budgets))
+        with (
+            Engine(model, tokenizer, EngineSettings()) as engine,
+            Display(self._console, total=total, done=0, unit="problem") as display,
+        ):
+            answers, tell = EngineAnswers(engine, tokenizer), lambda progress: display.step(progress.done, {})
+            found = evaluate(answers, settings, model=stage.name, problems=problems, tell=tell)
+        if found.stopped not in ("", INTERRUPTED):
+            raise UserError(found.stopped)
+        text = json.dumps(found.as_json(), indent=2, ensure_ascii=False)
+        write_file(folder / stage.name / RESULT, text + "\n")
+        return json.loads(text)
 
-def _measure(stage: StageSection, recipe: Recipe, settings: EvaluationSettings, folder: Path) -> Evaluation:
-    """The stage's model on the pipeline's held-out problems, asked as it was trained to be."""
-    asked: dict[str, Any] = {}
-    if isinstance(recipe, RLRecipe):
-        asked = {"prompt": recipe.prompt.model_dump(), "layout": recipe.rewards.layout.model_dump()}
-    asked |= {name: own.model_dump() for name in ("prompt", "layout") if (own := getattr(stage, name)) is not None}
-    model, tokenizer = load(model_folder(folder / stage.name), dtype="float32")
-    assert tokenizer is not None, "a run has a tokenizer"
-    with Engine(model, tokenizer, EngineSettings()) as engine:
-        found = evaluate(EngineAnswers(engine, tokenizer), settings.replace(**asked), model=stage.name)
-    try:
-        replace_text(folder / stage.name / RESULT, json.dumps(found.as_json(), indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder / stage.name}: cannot be written ({error.strerror or error})") from None
-    return found
+    def _record(self, **changes: Any) -> None:
+        """Keep what the stage under way has come to, and what it has taken so far. Raises `UserError`."""
+        spent, earlier = self._energy.read(), self._earlier
+        self._states[self._name] = replace(
+            earlier,
+            seconds=earlier.seconds + time.perf_counter() - self._began,
+            joules=None if earlier.joules is None or spent is None else earlier.joules + spent,
+            **changes,
+        )
+        write_state(self._plan.folder, self._in_order())
 
+    def _record_in_passing(self) -> None:
+        # Where the disk refuses, the stage is about to say so itself, once it has saved what it can.
+        with contextlib.suppress(UserError):
+            self._record()
 
-def _fingerprints(pipeline: Pipeline, recipes: Mapping[str, Recipe]) -> dict[str, str]:
-    """What each stage hands on: equal where its recipe, and those of all that it builds on, are."""
-    found: dict[str, str] = {}
-    for stage in pipeline.stages:
-        # More counts than when a run is resumed by itself: what a stage hands on depends on how many steps it makes,
-        # and on the factory's filters.
-        fields = {key: own for key, own in recipes[stage.name].model_dump().items() if key not in _INERT}
-        below = [found[name] for name in sorted(stage.references)]
-        text = json.dumps([fields, below], sort_keys=True, default=str)
-        found[stage.name] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return found
+    def _in_order(self) -> dict[str, StageState]:
+        """Where every stage stands; one that is to be made again, and whose turn has not come, as it was."""
+        known = self._plan.before | self._states
+        return {name: known[name] for name in self._plan.recipes if name in known}
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _remove(run: Path) -> None:
@@ -153,7 +218,3 @@ def _remove(run: Path) -> None:
         pass
     except OSError as error:
         raise UserError(f"{run}: cannot be removed ({error.strerror})") from None
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What is begun and what is finished of a pipeline: `pipeline.json` in its folder."""
+"""What a pipeline is and how far it has come: `pipeline.toml` and `pipeline.json` in its folder.
+
+Nothing of training is imported here: a pipeline's folder names a model, so this is asked wherever one is opened.
+"""
 
 import json
 from collections.abc import Mapping
@@ -6,10 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fathom.config.pipeline import ModelRecipe, read_pipeline
 from fathom.errors import UserError
-from fathom.train.run import replace_text
+from fathom.scratch import replace_text
 
-_FILE = "pipeline.json"
+RECIPE = "pipeline.toml"
+"""The pipeline as run, every field that was set."""
+STATE = "pipeline.json"
+"""What is begun, and what is finished."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,53 @@ class StageState:
     """Of all its sessions, measuring included."""
     evaluation: dict[str, Any] | None = None
     """As `fathom eval` writes it; None for a stage that yields no model."""
+    joules: float | None = None
+    """Of this machine's processors in all its sessions, whoever used them; None where they cannot be read."""
+    below: str = ""
+    """Fingerprint of the stages alone that it builds on; empty where it is not known."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the folder of a pipeline stands for where a model is asked for."""
+
+    model: str
+    """Its path: a stage's folder, or whatever a stage `model` names."""
+    state: StageState
+
+
+def served(folder: Path) -> Served | None:
+    """The stage that the pipeline in `folder` serves, where that is finished, else the last finished one that has
+    trained a model; None where `folder` is no pipeline's. Raises `UserError` where nothing is finished yet."""
+    if not (states := read_state(folder)):
+        return None
+    finished = {name: state for name, state in states.items() if state.finished and state.evaluation is not None}
+    pipeline = read_pipeline(folder / RECIPE, []) if (folder / RECIPE).is_file() else None  # older ones have none
+    if pipeline is not None and pipeline.serves in finished:
+        name = pipeline.serves
+    else:
+        name = next((name for name in reversed(finished) if finished[name].verb != "model"), None)
+    if name is None:
+        raise UserError(f"{folder}: no stage of this pipeline has a finished model yet; run the pipeline on")
+    model = str(folder / name)
+    if pipeline is not None and finished[name].verb == "model":
+        recipe = pipeline.recipes(folder, beside=folder)[name]
+        assert isinstance(recipe, ModelRecipe)
+        model = recipe.model
+    return Served(model, finished[name])
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a pipeline was begun there."""
+    return any((folder / name).is_file() for name in (RECIPE, STATE))
 
 
 def read_state(folder: Path) -> dict[str, StageState]:
     """By stage, in their order; empty where nothing was begun. Raises `UserError` for a file that is none."""
-    file = folder / _FILE
+    file = folder / STATE
     try:
         return {name: StageState(**values) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); give the pipeline another --name, or remove it") from None
@@ -40,8 +86,13 @@ def read_state(folder: Path) -> dict[str, StageState]:
 def write_state(folder: Path, stages: Mapping[str, StageState]) -> None:
     """A kill leaves the file either old or new. Raises `UserError` where the disk refuses."""
     text = json.dumps({name: asdict(stage) for name, stage in stages.items()}, indent=2, ensure_ascii=False)
+    write_file(folder / STATE, text + "\n")
+
+
+def write_file(file: Path, text: str) -> None:
+    """In a folder that is made if need be; a kill leaves the file either old or new. Raises `UserError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / _FILE, text + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{file}: cannot be written ({error.strerror or error}); make room") from None

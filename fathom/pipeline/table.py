@@ -1,6 +1,7 @@
 """The table of stages, as DeepSeek-R1's paper has one (arXiv 2501.12948v2, table 3): what each of them gained."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -9,20 +10,34 @@ from rich.table import Table
 from fathom.pipeline.state import StageState
 
 
+def short_names(tasks: Iterable[str]) -> dict[str, str]:
+    """What each task is called in a table: without its options, where that tells it apart."""
+    bare = {task: task.partition("?")[0] for task in tasks}
+    often = Counter(bare.values())
+    return {task: name if often[name] == 1 else task for task, name in bare.items()}
+
+
+def result_of(stage: StageState) -> str:
+    """What a measured stage came to, on one line."""
+    short = short_names(found["task"] for found in _free(stage))
+    parts = [f"{short[found['task']]} pass@1 {_estimate(found['pass@k']['1'])}" for found in _free(stage)]
+    return ", ".join([*parts, *([f"{thought} tokens of thought"] if (thought := _thought(stage)) else [])])
+
+
 def print_stages(stages: Mapping[str, StageState], console: Console) -> None:
     """A row for every stage that was measured, a column for every task."""
     shown = {name: stage for name, stage in stages.items() if stage.evaluation is not None}
     tasks = list(dict.fromkeys(found["task"] for stage in shown.values() for found in _free(stage)))
+    short = short_names(tasks)
     table = Table(box=None, pad_edge=False, show_edge=False)
-    for heading in ("stage", *(f"{task} pass@1" for task in tasks), "tokens of thought", "minutes"):
+    for heading in ("stage", *(f"{short[task]} pass@1" for task in tasks), "tokens of thought", "minutes"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, stage in shown.items():
         found = {measured["task"]: measured for measured in _free(stage)}
-        thoughts = [spread["mean"] for one in found.values() if (spread := one["thought_tokens"]) is not None]
         table.add_row(
             name,
             *(_estimate(found[task]["pass@k"]["1"]) if task in found else "" for task in tasks),
-            f"{sum(thoughts) / len(thoughts):.0f}" if thoughts else "",
+            _thought(stage),
             f"{stage.seconds / 60:.1f}",
         )
     console.print(table, markup=False, highlight=False)
@@ -31,6 +46,12 @@ def print_stages(stages: Mapping[str, StageState], console: Console) -> None:
 def _free(stage: StageState) -> list[dict[str, Any]]:
     """Its measurements with thoughts free."""
     return [found for found in (stage.evaluation or {}).get("measurements", ()) if found["budget"] is None]
+
+
+def _thought(stage: StageState) -> str:
+    """Mean tokens of thought over tasks; empty where they are not known."""
+    means = [spread["mean"] for one in _free(stage) if (spread := one["thought_tokens"]) is not None]
+    return f"{sum(means) / len(means):.0f}" if means else ""
 
 
 def _estimate(found: Mapping[str, float]) -> str:

@@ -96,6 +96,14 @@ def steps_scale(values: Sequence[float], start: float, end: float, *, wanted: in
     return Scale(low, high, start, end, tuple((place, _short(place)) for place in places))
 
 
+def doubling_scale(values: Sequence[float], start: float, end: float, *, wanted: int = 6) -> Scale:
+    """A scale on which each doubling takes the same room, with ticks at powers of two; of values from 1 up."""
+    low, high = max(1.0, min(values)), max(2.0, *values)
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    places = powers[:: max(1, math.ceil(len(powers) / wanted))]
+    return Scale(low, high, start, end, tuple((2.0**power, f"{2**power:,}") for power in places), log=True)
+
+
 def nice_step(rough: float) -> float:
     """The nearest of 1, 2, 5 times a power of ten at or above `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))

@@ -12,19 +12,10 @@ steps. Lengths are in units of the view box, a pixel where the picture is shown 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
-from pathlib import Path
 
-from fathom.report.axis import Axis, Scale, scale, steps_scale
-
-LETTER = 7.6
-"""A letter's mean width in the size of type that `chart.css` sets."""
-ROW = 19.0
-"""From one line of type to the next."""
-SWATCH = 26.0
-"""A legend's piece of line, with the gap after it."""
-PAD = 14.0
+from fathom.report.axis import Axis, Scale, doubling_scale, scale, steps_scale
+from fathom.report.svg import LETTER, PAD, ROW, SWATCH, frame, head, legend_places, text
 
 Point = tuple[float, float | None]
 """A step and a value; None is a gap."""
@@ -66,6 +57,8 @@ class Chart:
     """What the lines run over."""
     level: tuple[str, float] | None = None
     """A name and a value for a straight line across."""
+    doubling: bool = False
+    """Each doubling along the way takes the same room."""
 
     def axis_of(self, series: Series) -> Axis:
         """The axis that a line is read off."""
@@ -86,30 +79,22 @@ def draw(chart: Chart, *, width: float = 360, height: float = 240, alone: bool =
     """The chart as one `<svg>` element; with `alone`, as a file that brings its title, colours and ground along."""
     x, lefts, rights, top = _layout(chart, width, height, alone)
     bottom = height - 2 * ROW - 4
-    identity = f"{chart.name}-{width:g}"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-labelledby="{identity}-title" aria-describedby="{identity}-desc">',
-        f'<title id="{identity}-title">{escape(chart.title)}</title>',
-        f'<desc id="{identity}-desc">{escape(chart.describe())}</desc>',
-    ]
-    if alone:
-        style = Path(__file__).with_name("chart.css").read_text(encoding="utf-8")
-        parts += [f"<style>{style}</style>", f'<rect class="ground" width="{width:g}" height="{height:g}"/>']
-        parts.append(_text(PAD, ROW + 3, chart.title, "title"))
-    parts += _legend(chart, width, first_row=_head(alone))
-    parts.append(_text(PAD, top - ROW / 2 - 5, chart.axis.title, "axis"))
+    parts = frame(f"{chart.name}-{width:g}", chart.title, chart.describe(), width, height, alone=alone)
+    parts += _legend(chart, width, first_row=head(alone=alone))
+    parts.append(text(PAD, top - ROW / 2 - 5, chart.axis.title, "axis"))
     for value, label in lefts.ticks:
         parts.append(f'<path class="grid" d="M{x.start:.1f},{lefts(value):.1f}H{x.end:.1f}"/>')
-        parts.append(_text(x.start - 7, lefts(value) + 4.5, label, "tick", "end"))
+        parts.append(text(x.start - 7, lefts(value) + 4.5, label, "tick", "end"))
     if chart.second is not None and rights is not None:
-        parts.append(_text(width - PAD, top - ROW / 2 - 5, chart.second.title, "axis", "end"))
-        parts += [_text(x.end + 7, rights(value) + 4.5, label, "tick") for value, label in rights.ticks]
-    parts += [_text(x(value), bottom + ROW - 2, label, "tick", "middle") for value, label in x.ticks]
+        parts.append(text(width - PAD, top - ROW / 2 - 5, chart.second.title, "axis", "end"))
+        parts += [text(x.end + 7, rights(value) + 4.5, label, "tick") for value, label in rights.ticks]
+    parts += [text(x(value), bottom + ROW - 2, label, "tick", "middle") for value, label in x.ticks]
     parts += [f'<path class="grid" d="M{x(value):.1f},{bottom:.1f}v4"/>' for value, _ in x.ticks]
-    parts.append(_text((x.start + x.end) / 2, height - 5, chart.along, "axis", "middle"))
+    parts.append(text((x.start + x.end) / 2, height - 5, chart.along, "axis", "middle"))
     if chart.level is not None:
         parts.append(f'<path class="level" d="M{x.start:.1f},{lefts(chart.level[1]):.1f}H{x.end:.1f}"/>')
+    for number, series in enumerate(chart.series, start=1):  # under all lines
+        parts += _intervals(series, number, x, lefts)
     for number, series in sorted(enumerate(chart.series, start=1), key=lambda pair: pair[1].marked):
         y = rights if series.second and rights is not None else lefts
         parts += _line(series, number, x, y, chart.axis_of(series))
@@ -118,8 +103,8 @@ def draw(chart: Chart, *, width: float = 360, height: float = 240, alone: bool =
 
 def _layout(chart: Chart, width: float, height: float, alone: bool) -> tuple[Scale, Scale, Scale | None, float]:
     """Scales of steps, left and right axis, and the upper end of the lines' area."""
-    rows = 1 + max((row for row, _, _ in _legend_places(chart, width)), default=-1)
-    top, bottom = _head(alone) + rows * ROW + ROW + 13, height - 2 * ROW - 4
+    rows = 1 + max((row for row, _, _ in legend_places(_named(chart), width)), default=-1)
+    top, bottom = head(alone=alone) + rows * ROW + ROW + 13, height - 2 * ROW - 4
 
     def fit(axis: Axis, *, second: bool) -> Scale:
         lines = [series for series in chart.series if series.second is second]
@@ -133,36 +118,26 @@ def _layout(chart: Chart, width: float, height: float, alone: bool) -> tuple[Sca
     steps = [step for series in chart.series for step, _ in series.points]
     before = PAD + 7 + _room(lefts)
     after = PAD + 7 + _room(rights) if rights is not None else 20.0
-    return steps_scale(steps, before, width - after, wanted=6 if width < 500 else 10), lefts, rights, top
-
-
-def _head(alone: bool) -> float:
-    """What the title takes of a file; on a page the title is the page's."""
-    return ROW + 12 if alone else 2.0
+    wanted = 6 if width < 500 else 10
+    along = (doubling_scale if chart.doubling else steps_scale)(steps, before, width - after, wanted=wanted)
+    return along, lefts, rights, top
 
 
 def _room(of: Scale) -> float:
     return max(len(label) for _, label in of.ticks) * LETTER
 
 
-def _legend_places(chart: Chart, width: float) -> Iterator[tuple[int, float, str]]:
-    """Row, place in it and name of everything that the legend names."""
-    names = [series.name for series in chart.series] + ([] if chart.level is None else [chart.level[0]])
-    row, place = 0, PAD
-    for name in names if len(names) > 1 else ():
-        needed = SWATCH + len(name) * LETTER
-        if place > PAD and place + needed > width - PAD:
-            row, place = row + 1, PAD
-        yield row, place, name
-        place += needed + 16
+def _named(chart: Chart) -> list[str]:
+    """Everything that the legend names."""
+    return [series.name for series in chart.series] + ([] if chart.level is None else [chart.level[0]])
 
 
 def _legend(chart: Chart, width: float, *, first_row: float) -> Iterator[str]:
-    for number, (row, place, name) in enumerate(_legend_places(chart, width), start=1):
+    for number, (row, place, name) in enumerate(legend_places(_named(chart), width), start=1):
         y = first_row + (row + 0.75) * ROW
         kind = _kind(chart.series[number - 1], number) if number <= len(chart.series) else "level"
         yield f'<path class="{kind}" d="M{place:.1f},{y - 4.5:.1f}h{SWATCH - 7:g}"/>'
-        yield _text(place + SWATCH, y, name, "legend")
+        yield text(place + SWATCH, y, name, "legend")
 
 
 def _line(series: Series, number: int, x: Scale, y: Scale, axis: Axis) -> Iterator[str]:
@@ -174,19 +149,18 @@ def _line(series: Series, number: int, x: Scale, y: Scale, axis: Axis) -> Iterat
             pieces.append("M" + "L".join(places))
             dots += places if series.marked or len(places) == 1 else []
     yield f'<path class="{_kind(series, number)}" d="{"".join(pieces)}"/>'
-    for step, low, high in series.intervals:
-        yield f'<path class="interval s{number}" d="M{x(step):.1f},{y(low):.1f}V{y(high):.1f}"/>'
     for place in dots:
         cx, _, cy = place.partition(",")
         yield f'<circle class="dot s{number}" cx="{cx}" cy="{cy}" r="3"/>'
 
 
+def _intervals(series: Series, number: int, x: Scale, y: Scale) -> Iterator[str]:
+    for step, low, high in series.intervals:
+        yield f'<path class="interval s{number}" d="M{x(step):.1f},{y(low):.1f}V{y(high):.1f}"/>'
+
+
 def _kind(series: Series, number: int) -> str:
     return f"line s{number}{' marked' if series.marked else ''}"
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _in_words(series: Series, axis: Axis, along: str) -> str:

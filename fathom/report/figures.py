@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fathom.report.axis import Axis
-from fathom.report.bars import Bars
+from fathom.report.bars import Bars, Share
 from fathom.report.chart import Chart, Series
 from fathom.report.measurements import Measurements
 
@@ -14,9 +15,9 @@ EVALUATIONS = 12
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and the sentence under its title."""
+    """A picture and the sentence under its title."""
 
-    chart: Chart
+    chart: Chart | Bars
     says: str
 
 
@@ -29,15 +30,27 @@ class Levels:
     """A level, and its value at each of the steps."""
 
 
-def headline(measured: Measurements, *, learns_by_reward: bool) -> Figure | None:
-    """What a person looks at first; None where there is nothing to see yet."""
-    return _thought_and_accuracy(measured) if learns_by_reward else _losses(measured)
+def headline(measured: Measurements, verb: str) -> Figure | None:
+    """What a person looks at first of a run that `verb` made; None where there is nothing to see yet."""
+    return _thought_and_accuracy(measured) if verb == "rl" else _losses(measured, verb)
 
 
-def figures(measured: Measurements, *, learns_by_reward: bool) -> list[Figure]:
+def figures(measured: Measurements, verb: str) -> list[Figure]:
     """All other charts that the run has numbers for."""
-    found = _of_rewards(measured) if learns_by_reward else _of_pretraining(measured)
+    found = {"rl": _of_rewards, "sft": _of_conversations}.get(verb, _of_pretraining)(measured)
     return [figure for figure in found if figure is not None]
+
+
+def funnel(counts: dict[str, Any]) -> Figure | None:
+    """What became of the candidates of a data factory; None where none was drawn."""
+    total = counts["total"]
+    if not total["drawn"]:
+        return None
+    rows = tuple(
+        (f"{total[name]:,} {name}", (Share(total[name] / total["drawn"]),)) for name in ("drawn", "right", "kept")
+    )
+    says = "Candidates that a rule proved right, and of these the ones that passed all filters."
+    return Figure(Bars("funnel", "From candidates to rows", rows), says)
 
 
 def levels(measured: Measurements) -> Levels | None:
@@ -71,14 +84,20 @@ def budgets(measured: Measurements) -> Figure | None:
     return Figure(chart, "Held-out problems, with the thought ended after so many tokens: does it carry the answer?")
 
 
-def probe(measured: Measurements) -> Bars | None:
+def probe(measured: Measurements) -> Figure | None:
     """The model before its first step, made to think and made to guess; None where it was not measured."""
     found = measured.latest("probe_")
     if not {"thinking", "guessing"} <= found.keys():
         return None
     first = measured.line("eval", "pass@1", "").known[:1]
     shares = [("made to think", found["thinking"]), ("made to guess", found["guessing"])]
-    return Bars("probe", "Before the first step", (*shares, *(("left to itself", value) for _, value in first)))
+    shares += [("left to itself", value) for _, value in first]
+    bars = Bars("probe", "Before the first step", tuple((name, (Share(value),)) for name, value in shares))
+    says = (
+        "Right answers of the model as it was, made to think and made to guess. Without a gap there is no reason to "
+        "learn to think."
+    )
+    return Figure(bars, says)
 
 
 def _thought_and_accuracy(measured: Measurements) -> Figure | None:
@@ -95,11 +114,12 @@ def _thought_and_accuracy(measured: Measurements) -> Figure | None:
     )
 
 
-def _losses(measured: Measurements) -> Figure | None:
+def _losses(measured: Measurements, verb: str) -> Figure | None:
     return _figure(
         "loss",
         "Loss",
-        "Mean cross-entropy of the next token, on the batches that are learnt from and on held-out text.",
+        "Mean cross-entropy of the next token, on the batches that are learnt from and on held-out "
+        f"{'answers' if verb == 'sft' else 'text'}.",
         (
             measured.line("train", "loss", "training"),
             measured.line("eval", "loss", "held out"),
@@ -133,13 +153,22 @@ def _of_pretraining(measured: Measurements) -> list[Figure | None]:
             (line("train", "max_vio", "training"), line("eval", "max_vio", "held out")),
             Axis("excess over the mean load", least=0),
         ),
+        _speed(measured),
+        _learning_rate(measured),
+        _gradient(measured),
+    ]
+
+
+def _of_conversations(measured: Measurements) -> list[Figure | None]:
+    return [
         _figure(
-            "tokens-per-second",
-            "Speed",
-            "Tokens learnt from in a second. The first steps of a session compile and warm up.",
-            (line("train", "tokens_per_second", "speed"),),
-            Axis("tokens per second", least=0),
+            "entropy",
+            "Entropy",
+            "How undecided the model is about the tokens that it learns to say.",
+            (measured.line("train", "entropy", "entropy"),),
+            Axis("nats per token", least=0),
         ),
+        _speed(measured),
         _learning_rate(measured),
         _gradient(measured),
     ]
@@ -168,6 +197,13 @@ def _of_rewards(measured: Measurements) -> list[Figure | None]:
             "Tokens of a completion, and of the thought in it, on the problems of each step.",
             (line("train", "completion_tokens", "completion"), line("train", "thought_tokens", "thought")),
             Axis("tokens", least=0),
+        ),
+        _figure(
+            "teacher",
+            "Away from the teacher",
+            "Mean of log p(student) − log p(teacher) over the student's own tokens: an estimate of the reverse KL.",
+            (line("train", "teacher_kl", "reverse KL"),),
+            Axis("nats per token"),
         ),
         _figure(
             "entropy",
@@ -222,6 +258,12 @@ def _of_rewards(measured: Measurements) -> list[Figure | None]:
         ),
         _gradient(measured),
     ]  # fmt: skip
+
+
+def _speed(measured: Measurements) -> Figure | None:
+    line = measured.line("train", "tokens_per_second", "speed")
+    says = "Tokens learnt from in a second. The first steps of a session compile and warm up."
+    return _figure("tokens-per-second", "Speed", says, (line,), Axis("tokens per second", least=0))
 
 
 def _learning_rate(measured: Measurements) -> Figure | None:

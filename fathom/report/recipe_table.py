@@ -50,6 +50,8 @@ def _written(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "; ".join(f"{name} = {_written(own)}" for name, own in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_written, value)) or "(empty)"
     if isinstance(value, float):

@@ -80,9 +80,22 @@ class Counts:
         return f"{plural(self.total('drawn'), 'candidate')}, of which {told}; {_ADVICE[worst]}"
 
 
-def print_counts(summary: dict[str, Any], title: str, console: Console) -> None:
-    """A table with a line for each task and level, for each round where there are several, and for all; below it, how
-    many were dropped for which reason."""
+def print_counts(summary: dict[str, Any], title: str, console: Console, *, short: bool = False) -> None:
+    """A table with a line for each task and level, for each round where there are several, and for all, or if `short`
+    one line in its place; below it, how many were dropped for which reason."""
+    if short:
+        total = summary["total"]
+        title += f", of {plural(total['drawn'], 'candidate')}, {total['right']:,} of them right"
+    console.print(escape(title), highlight=False, soft_wrap=True)
+    if not short:
+        console.print(_table(summary))
+    dropped = ", ".join(f"{reason} {number:,}" for reason, number in summary["total"]["dropped"].items())
+    console.print(f"dropped: {dropped or 'none'}", highlight=False, soft_wrap=True)
+    for fault, number in list(summary["faults"].items())[:1]:
+        console.print(escape(f"failed, most often ({number:,} times): {fault}"), highlight=False, soft_wrap=True)
+
+
+def _table(summary: dict[str, Any]) -> Table:
     table = Table("", "drawn", "right", "kept", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -96,9 +109,4 @@ def print_counts(summary: dict[str, Any], title: str, console: Console) -> None:
         for row in summary["rounds"]:
             add(f"repair round {row['round']}" if row["round"] else "first answers", row)
     add("all", summary["total"])
-    console.print(escape(title), highlight=False, soft_wrap=True)
-    console.print(table)
-    dropped = ", ".join(f"{reason} {number:,}" for reason, number in summary["total"]["dropped"].items())
-    console.print(f"dropped: {dropped or 'none'}", highlight=False, soft_wrap=True)
-    for fault, number in list(summary["faults"].items())[:1]:
-        console.print(escape(f"failed, most often ({number:,} times): {fault}"), highlight=False, soft_wrap=True)
+    return table

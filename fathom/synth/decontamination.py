@@ -45,8 +45,21 @@ class HeldOut:
         return any(count >= self._overlap * self._sizes[owner] for owner, count in common.items())
 
 
-def refuse_contaminated(files: Sequence[str], held_out: HeldOut) -> None:
-    """Raises `UserError` that names the rows of `files` that ask a held-out question."""
+class HeldOutSets:
+    """Several sets of held-out questions, each compared with by itself: a question that is in two of them would
+    otherwise share all of its wording with another, and nothing would be near to it."""
+
+    def __init__(self, sets: Iterable[Iterable[str]], overlap: float) -> None:
+        """`overlap` as in `HeldOut`."""
+        self._sets = [HeldOut(questions, overlap) for questions in sets]
+
+    def has(self, question: str) -> bool:
+        """Whether one of the sets has it, or nearly."""
+        return any(held_out.has(question) for held_out in self._sets)
+
+
+def refuse_contaminated(files: Sequence[str], held_out: HeldOut | HeldOutSets, *, where: str) -> None:
+    """Raises `UserError` that names the rows of `files`, which are those of `where`, that ask a held-out question."""
     found = [
         conversation.where
         for file in files
@@ -56,7 +69,7 @@ def refuse_contaminated(files: Sequence[str], held_out: HeldOut) -> None:
     if found:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise UserError(
-            f"the held-out set is contaminated: {plural(len(found), 'training row')} of decontamination.refuse ask a "
+            f"the held-out set is contaminated: {plural(len(found), 'training row')} of {where} ask a "
             f"held-out question: {', '.join(found[:_NAMED])}{more}; take these rows out"
         )
 

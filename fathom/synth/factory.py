@@ -25,18 +25,19 @@ from fathom.config.synth import SynthRecipe
 from fathom.errors import UserError
 from fathom.report.command import fathom_command
 from fathom.report.tables import plural
+from fathom.scratch import replace_text
 from fathom.synth.candidates import Candidate, DrawnFile, Solved
 from fathom.synth.counts import print_counts
-from fathom.synth.decontamination import HeldOut, read_questions, refuse_contaminated
+from fathom.synth.decontamination import HeldOutSets, read_questions, refuse_contaminated
 from fathom.synth.plan import Problems, open_tasks, plan_problems, reader_of, resolved
 from fathom.synth.rows import Format, Row, row_file
 from fathom.synth.selection import Selection
 from fathom.synth.teachers import Asking, Attempt, Teacher, open_teacher
 from fathom.tasks.checker import Checker, Sample
 from fathom.tasks.task import Problem, Task
-from fathom.train.display import Display
+from fathom.train.display import Display, is_part
 from fathom.train.rollout import held_out_problems, seed_of
-from fathom.train.run import RunFolder, changed_fields, replace_text, run_folder
+from fathom.train.run import RunFolder, changed_fields, run_folder
 from fathom.train.signals import Stopped, StopRequest, sigterm_interrupts
 
 
@@ -68,7 +69,8 @@ def synthesize(
     recipe, resume = resolved(recipe), resume and not overwrite
     with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
         _admit(run, recipe, resume=resume, overwrite=overwrite)
-        say = Display(console, total=1, done=0).say
+        told = Display(console, total=1, done=0)
+        say = told.say
         say(f"run '{recipe.name}' in {run.path}: {plural(recipe.problems, 'problem')}")
         with ExitStack() as stack:
             tasks = open_tasks(recipe)
@@ -84,15 +86,16 @@ def synthesize(
                 _begin(run, recipe)
             if done:
                 say(f"resuming behind problem {done:,} of {len(problems):,}")
+            again = f"{fathom_command()} synth {run.recipe} --resume"
             try:
                 if teacher is not None:
                     factory.draw(teacher, done)
                 return factory.write(run)
             except Stopped:
-                say(f"stopped; go on with: {fathom_command()} synth {run.recipe} --resume")
+                told.advise(f"stopped; go on with: {again}")
                 return SynthResult(run.path, None, 0, interrupted=True)
             except UserError:
-                say(f"what was drawn is kept; once mended, go on with: {fathom_command()} synth {run.recipe} --resume")
+                told.advise(f"what was drawn is kept; once mended, go on with: {again}")
                 raise
 
 
@@ -114,19 +117,19 @@ class Factory:
         self._checkers: dict[str, Checker] = {}
         self._held_out = self._read_held_out()
 
-    def _read_held_out(self) -> HeldOut:
-        """Held-out problems of the tasks, and the questions of files."""
+    def _read_held_out(self) -> HeldOutSets:
+        """Held-out problems of the tasks, and the questions of each file."""
         settings = self._recipe.decontamination
-        questions = [question for file in settings.files for question in read_questions(Path(file))]
+        sets = [list(read_questions(Path(file))) for file in settings.files]
         for task in self._recipe.tasks if settings.held_out else ():
             # With the same seed, those that training and evaluation measure with.
             found = held_out_problems(self._tasks[task.name], task.levels, settings.held_out, seed=self._recipe.seed)
-            questions += [problem.question for problem in found]
-        return HeldOut(questions, settings.overlap)
+            sets.append([problem.question for problem in found])
+        return HeldOutSets(sets, settings.overlap)
 
     def refuse_contaminated(self) -> None:
         """Raises `UserError` where training rows that the person named ask a held-out question."""
-        refuse_contaminated(self._recipe.decontamination.refuse, self._held_out)
+        refuse_contaminated(self._recipe.decontamination.refuse, self._held_out, where="decontamination.refuse")
 
     def start_checks(self, stack: ExitStack) -> None:
         """Start a checker for every task; `stack` ends them."""
@@ -157,7 +160,7 @@ class Factory:
         except OSError as error:
             raise UserError(
                 f"{self._drawn.path}: cannot be written ({error.strerror or error}); all before problem {done + 1:,} "
-                "is kept: make room, then go on with --resume"
+                "is kept: make room, then resume"
             ) from None
 
     def write(self, run: RunFolder) -> SynthResult:
@@ -181,9 +184,10 @@ class Factory:
         except OSError as error:
             raise UserError(
                 f"{target}: cannot be written ({error.strerror or error}); all that was drawn is kept: make room, then "
-                "go on with --resume"
+                "resume"
             ) from None
-        print_counts(summary, f"run '{self._recipe.name}': {plural(rows, 'row')} in {target}", self._console)
+        title = f"run '{self._recipe.name}': {plural(rows, 'row')} in {target}"
+        print_counts(summary, title, self._console, short=is_part())
         return SynthResult(run.path, target, rows)
 
     def _selected(self, selection: Selection) -> Iterator[Row]:

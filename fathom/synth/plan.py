@@ -12,11 +12,13 @@ from fathom.config.rewards import Layout
 from fathom.config.rl import PromptSection, RLRecipe
 from fathom.config.synth import SynthRecipe
 from fathom.errors import UserError
+from fathom.pipeline.state import served
 from fathom.report.tables import plural, print_rows
 from fathom.synth.selection import Reader
 from fathom.synth.teachers import WORKED_LAYOUT
 from fathom.tasks.catalogue import open_task
-from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+from fathom.tasks.mixture import uses_sandbox
+from fathom.tasks.programs import shared_sandbox, use_sandbox
 from fathom.tasks.task import Problem, Task, require_levels
 from fathom.train.rollout import draw_problems, seed_of
 from fathom.train.run import RunFolder
@@ -38,6 +40,8 @@ def resolved(recipe: SynthRecipe) -> SynthRecipe:
 def _trained_with(model: str) -> RLRecipe | None:
     """The recipe of the `fathom rl` run that `model` is, or whose folder `best` it is."""
     folder = Path(model).expanduser()
+    if (stage := served(folder)) is not None:
+        folder = Path(stage.model)
     file = RunFolder(folder.parent if folder.name == "best" else folder).recipe
     if not file.is_file():
         return None
@@ -65,7 +69,7 @@ def open_tasks(recipe: SynthRecipe) -> dict[str, Task]:
         require_levels(task)
         if wanted.levels > task.levels:
             raise UserError(f"task {wanted.name}: levels = {wanted.levels}, but it has {task.levels}")
-        if in_sandbox(task):
+        if uses_sandbox(task):
             use_sandbox(recipe.check.sandbox)
             shared_sandbox()  # where there is none, the person hears of it now, and not as a run of wrong answers
     return tasks

@@ -7,7 +7,7 @@ from fathom.config.rewards import Layout
 from fathom.config.synth import SynthRecipe
 from fathom.synth.candidates import Candidate, Solved
 from fathom.synth.counts import DUPLICATE, HELD_OUT, REWRITING, SURPLUS, Counts
-from fathom.synth.decontamination import HeldOut
+from fathom.synth.decontamination import HeldOutSets
 from fathom.synth.duplicates import Duplicates
 from fathom.synth.filters import reason_to_drop
 from fathom.synth.rows import Row, answer_in, make_row, text_of
@@ -39,7 +39,7 @@ class _Proposal:
 class Selection:
     """Chooses rows, batch after batch, and counts what becomes of every candidate."""
 
-    def __init__(self, recipe: SynthRecipe, reader: Reader, held_out: HeldOut) -> None:
+    def __init__(self, recipe: SynthRecipe, reader: Reader, held_out: HeldOutSets) -> None:
         """Raises `UserError` where a filter needs a package that is missing."""
         self._recipe, self._reader, self._held_out = recipe, reader, held_out
         self._kept = Duplicates(recipe.filters.duplicates)

@@ -19,7 +19,35 @@ _THINGS = {
     "zh": ("个苹果", "颗弹珠", "张贴纸", "本书", "支铅笔", "个贝壳", "枚硬币", "张卡片"),
 }
 _PLACES = {"en": ("the lake", "the coast", "the next town"), "zh": ("湖边", "海边", "邻近的城市")}
+_WORDS = {
+    "en": ("First ", "Then ", "So the answer is ", "."),
+    "zh": ("先算 ", "再算 ", "所以答案是", "。"),
+}
+"""Of a worked solution: before its first line, before further ones, before the answer, at the end of a line."""
 _ANSWER = {"en": " Answer with the number alone.", "zh": "请只回答数字。"}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """From what ranges the numbers of a story come: the least, and one more than the most."""
+
+    start: tuple[int, int]
+    more: tuple[int, int]
+    times: tuple[int, int]
+    enough: int
+    """What is more than this is not multiplied."""
+    amount: tuple[int, int]
+    price: tuple[int, int]
+    fee: tuple[int, int]
+    hours: tuple[int, int]
+    speed: tuple[int, int]
+    walk: tuple[int, int]
+
+
+_SIZES = {
+    "large": _Sizes((5, 60), (2, 50), (2, 5), 300, (2, 13), (2, 20), (3, 30), (2, 9), (4, 90), (2, 15)),
+    "small": _Sizes((2, 10), (1, 10), (2, 4), 9, (2, 6), (2, 6), (1, 10), (2, 6), (2, 6), (1, 10)),
+}
 
 
 @dataclass
@@ -28,6 +56,7 @@ class _Story:
 
     language: Language
     random: random.Random
+    sizes: _Sizes
     value: int = 0
     sentences: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -35,6 +64,10 @@ class _Story:
     def one(self, english: Sequence[str], chinese: Sequence[str]) -> str:
         """One of the wordings of the story's language; of the other none is looked at."""
         return self.random.choice(english if self.language == "en" else chinese)
+
+    def number(self, size: tuple[int, int]) -> int:
+        """One number of a range."""
+        return self.random.randrange(*size)
 
     def of(self, table: dict[str, tuple[str, ...]]) -> str:
         """One entry of a table of words."""
@@ -59,15 +92,26 @@ class Bilingual(Task):
     name = "bilingual"
     levels = 5
 
-    def __init__(self, *, language: Literal["both", "en", "zh"] = "both") -> None:
-        """`language` keeps to one of the two."""
-        if language not in ("both", *_LANGUAGES):
-            raise UserError(f"task bilingual: language = '{language}' is not both, en or zh")
+    def __init__(
+        self,
+        *,
+        language: Literal["both", "en", "zh"] = "both",
+        numbers: Literal["large", "small"] = "large",
+        mixing: float = 0.0,
+    ) -> None:
+        """`language` keeps to one of the two. `numbers` that are small can be learnt by heart. `mixing` is the share of
+        the lines of worked solutions that are in the other language."""
+        for name, value, known in (("language", language, ("both", *_LANGUAGES)), ("numbers", numbers, tuple(_SIZES))):
+            if value not in known:
+                raise UserError(f"task bilingual: {name} = '{value}' is not one of {', '.join(known)}")
+        if not 0 <= mixing <= 1:
+            raise UserError(f"task bilingual: mixing = {mixing} is not a share from 0 to 1")
         self._languages = _LANGUAGES if language == "both" else (language,)
+        self._sizes, self._mixing = _SIZES[numbers], mixing
 
     def problem(self, random: random.Random, level: int) -> Problem:
         """The answer takes `level` operations."""
-        story = _Story(random.choice(self._languages), random)
+        story = _Story(random.choice(self._languages), random, self._sizes)
         question, units = random.choice((_owned, _shopping, _journey))(story, level)
         data = {"lines": tuple(story.lines), "units": units}
         return Problem(story.text(question), str(story.value), level, language=story.language, data=data)
@@ -77,20 +121,20 @@ class Bilingual(Task):
         return float(read_number(answer, units=problem.data["units"]) == int(problem.answer))
 
     def solution(self, problem: Problem, random: random.Random) -> str:
-        """The calculations with a few words in the language of the question."""
-        lines = problem.data["lines"]
-        first, then, so = (
-            ("First", "Then", "So the answer is") if problem.language == "en" else ("先算", "再算", "所以答案是")
-        )
-        told = [f"{first if i == 0 else then} {line}" for i, line in enumerate(lines)]
-        stop, space = (".", " ") if problem.language == "en" else ("。", "")
-        return "\n".join(f"{line}{stop}" for line in [*told, f"{so}{space}{problem.answer}"])
+        """The calculations with a few words in the language of the question, but for what `mixing` says."""
+        lines, last = problem.data["lines"], len(problem.data["lines"])
+        told = []
+        for place, line in enumerate((*lines, problem.answer)):
+            mixed = self._mixing > 0 and random.random() < self._mixing
+            words = _WORDS[next(other for other in _LANGUAGES if (other != problem.language) == mixed)]
+            told.append(f"{words[2 if place == last else min(place, 1)]}{line}{words[3]}")
+        return "\n".join(told)
 
 
 def _owned(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
     """Somebody has things; more come and some go."""
     who, things = story.of(_NAMES), story.of(_THINGS)
-    story.value = story.random.randrange(5, 60)
+    story.value = story.number(story.sizes.start)
     has = story.one(
         (
             "{who} has {n} {things}.",
@@ -110,7 +154,7 @@ def _owned(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _gain(story: _Story, who: str, things: str) -> None:
-    more = story.random.randrange(2, 50)
+    more = story.number(story.sizes.more)
     said = story.one(
         ("Then a friend gives {who} {n} more.", "{who} finds another {n}.", "After that {who} buys {n} more {things}."),
         ("朋友又送给{who}{n}{things}。", "{who}又找到了{n}{things}。", "后来{who}又买了{n}{things}。"),
@@ -130,9 +174,9 @@ def _lose(story: _Story, who: str, things: str) -> None:
 
 
 def _multiply(story: _Story, who: str, things: str) -> None:
-    if story.value > 300:
+    if story.value > story.sizes.enough:
         return _lose(story, who, things)
-    times = story.random.randrange(2, 5)
+    times = story.number(story.sizes.times)
     said = story.one(
         ("A year later {who} has {n} times as many.", "With luck, {who} soon has {n} times that number of {things}."),
         ("一年后，{who}的数量变成了原来的{n}倍。", "不久，{who}的{things}变成了原来的{n}倍。"),
@@ -161,7 +205,7 @@ def _shopping(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
     who = story.of(_NAMES)
     bought = story.random.sample(_THINGS[story.language], (steps + 1) // 2)
     for place, things in enumerate(bought):
-        amount, price, before = story.random.randrange(2, 13), story.random.randrange(2, 20), story.value
+        amount, price, before = story.number(story.sizes.amount), story.number(story.sizes.price), story.value
         said = story.one(
             ("{who} buys {n} {things} at {p} yuan each.", "{who} takes {n} {things}, which cost {p} yuan apiece."),
             ("{who}买了{n}{things}，每{m}{p}元。", "{who}拿了{n}{things}，单价是每{m}{p}元。"),
@@ -171,7 +215,7 @@ def _shopping(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
         if place:
             story.tell(story.sentences.pop(), f"{before} + {amount * price}", before + amount * price)
     if steps % 2 == 0:
-        fee = story.random.randrange(3, 30)
+        fee = story.number(story.sizes.fee)
         said = story.one(
             ("Delivery costs {n} yuan more.", "A bag for all of it costs {n} yuan."),
             ("另外还要付{n}元运费。", "还花{n}元买了一个袋子。"),
@@ -190,7 +234,7 @@ def _journey(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
     story.tell(story.one(("{who} sets out for {p}.", "{who} travels to {p}."), ("{who}出发去{p}。", "{who}要去{p}。")))
     story.sentences[0] = story.sentences[0].format(who=who, p=where)
     for leg in range((steps + 1) // 2):
-        hours, speed, before = story.random.randrange(2, 9), story.random.randrange(4, 90), story.value
+        hours, speed, before = story.number(story.sizes.hours), story.number(story.sizes.speed), story.value
         said = story.one(
             ("{who} goes on for {n} hours at {v} kilometres an hour.", "For {n} hours the speed is {v} km per hour."),
             ("{who}以每小时{v}公里的速度走了{n}小时。", "有{n}小时，速度是每小时{v}公里。"),
@@ -199,7 +243,7 @@ def _journey(story: _Story, steps: int) -> tuple[str, tuple[str, ...]]:
         if leg:
             story.tell(story.sentences.pop(), f"{before} + {hours * speed}", before + hours * speed)
     if steps % 2 == 0:
-        walk = story.random.randrange(2, 15)
+        walk = story.number(story.sizes.walk)
         said = story.one(
             ("The last {n} kilometres are walked.", "{n} kilometres on foot bring {who} there."),
             ("最后步行{n}公里。", "剩下的{n}公里，{who}是走过去的。"),

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fathom.errors import UserError, nearest
-from fathom.tasks.options import construct, split_name
-from fathom.tasks.task import Task
+from fathom.tasks.mixture import BETWEEN, Mixture
+from fathom.tasks.options import construct, read_options, split_name
+from fathom.tasks.task import Task, require_levels
 
 BUILT_IN: Mapping[str, tuple[str, str]] = {
     "arithmetic": ("arithmetic", "Arithmetic"),
@@ -16,19 +17,39 @@ BUILT_IN: Mapping[str, tuple[str, str]] = {
     "logic": ("logic", "Logic"),
     "bilingual": ("bilingual", "Bilingual"),
     "programs": ("programs", "Programs"),
+    "smalltalk": ("smalltalk", "Smalltalk"),
 }
 """Name to module of this package and class."""
 
-FORMS = "a built-in task, gym:DATASET, a .jsonl file, or FILE.py:CLASS"
+FORMS = "a built-in task, gym:DATASET, a .jsonl file, FILE.py:CLASS, or several with ' + ' between them"
 """What a name may be."""
 
 
 def open_task(name: str) -> Task:
-    """The task called `name`, one of `FORMS`, with `?option=value&…` after it where it takes options.
+    """The task called `name`, one of `FORMS`, with `?option=value&…` after it where it takes options; several with
+    ` + ` between them are one (`mixture`).
 
-    Raises `UserError` for a name or an option that there is not, a file that cannot be read, a missing package.
+    Every task takes `levels=N`, which leaves its levels above N out. Raises `UserError` for a name or an option that
+    there is not, a file that cannot be read, a missing package.
     """
-    base, options = split_name(name)
+    parts = name.split(BETWEEN)
+    return Mixture([_open(part) for part in parts]) if len(parts) > 1 else _open(name)
+
+
+def _open(name: str) -> Task:
+    base, options = split_name(name.strip())
+    limit = {"levels": options.pop("levels")} if "levels" in options else {}
+    levels = read_options(limit, {"levels": int}, where=base).get("levels")
+    task = _named(base, options)
+    if levels is not None:
+        require_levels(task)
+        if not 1 <= levels <= task.levels:
+            raise UserError(f"task {base}: levels = {levels}, but it has 1 to {task.levels}")
+        task.levels = levels
+    return task
+
+
+def _named(base: str, options: dict[str, str]) -> Task:
     if base in BUILT_IN:
         module, cls = BUILT_IN[base]
         return construct(getattr(importlib.import_module(f"fathom.tasks.{module}"), cls), options, where=base)

@@ -27,6 +27,7 @@ from fathom.config.rewards import Rewards
 from fathom.errors import UserError
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.check_worker import Chunk, Ready, Unusable
+from fathom.tasks.mixture import part_of, stays_in_sandbox
 from fathom.tasks.programs import in_sandbox
 from fathom.tasks.reading import read
 from fathom.tasks.rewards import Reward, combine
@@ -71,7 +72,7 @@ class Checker:
         again and again while checks run, from any thread; what it raises ends them.
         """
         self.task = open_task(task) if isinstance(task, str) else task
-        self._in_sandbox = in_sandbox(self.task)
+        self._in_sandbox = stays_in_sandbox(self.task)
         self.hung = 0
         """Checks so far that overran their time."""
         self.lost = 0
@@ -126,13 +127,12 @@ class Checker:
     def check_all(self, answers: Sequence[tuple[Problem, str | None]]) -> list[Verdict]:
         """The verdicts on `answers`, in their order; where there is no answer (None), 0."""
         jobs = {place: (problem, text) for place, (problem, text) in enumerate(answers) if text is not None}
-        if self._in_sandbox:
-            with ThreadPoolExecutor(self._count) as threads:
-                found = threads.map(self._judge, jobs.values())
-                verdicts = dict(zip(jobs, found, strict=True))
-        else:
+        bounded = {place: job for place, job in jobs.items() if in_sandbox(part_of(self.task, job[0])[0])}
+        with ThreadPoolExecutor(self._count) as threads:
+            verdicts = dict(zip(bounded, threads.map(self._judge, bounded.values()), strict=True))
+        if others := {place: job for place, job in jobs.items() if place not in bounded}:
             try:
-                verdicts = _Batch(self, jobs).run()
+                verdicts |= _Batch(self, others).run()
             except BaseException:  # verdicts still under way would be taken for those of the next batch
                 self.close()
                 raise

@@ -82,10 +82,11 @@ def show(options: argparse.Namespace) -> int:
 
 def try_task(options: argparse.Namespace) -> int:
     """Ask, read, say whether it was right; at the end how many were."""
-    from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+    from fathom.tasks.mixture import uses_sandbox
+    from fathom.tasks.programs import shared_sandbox, use_sandbox
 
     task, problems = _open(options)
-    if in_sandbox(task):
+    if uses_sandbox(task):
         use_sandbox(options.sandbox)
         shared_sandbox()  # where there is none, the person hears of it now, and not as wrong answers
     print(_headline(task))

@@ -28,6 +28,10 @@ While ρ = 1 this is plain policy gradient: ∇L = − Σ w_i A_i ∇log π. Eve
   sampling, Yao et al. 2025); the masking form drops tokens above C instead of limiting them.
 * A group whose rewards are all equal says nothing: its advantages are 0, and dynamic sampling (DAPO) draws others in
   its place. A truncated completion was never judged fairly: overlong filtering leaves it out.
+* Teacher. In the place of rewards another model p may judge every token: A_it = log p(o_it) − log π_old(o_it). As
+  E_π ∇log π = 0, this is on average the gradient of the reverse divergence KL(π ‖ p) at each place, over the beginnings
+  that π itself writes, held fixed: on-policy distillation (GKD, arXiv 2306.13649 §3, λ = 1). A token answers for
+  its own place alone, not for what becomes likelier after it (a discount of 0).
 
 | preset    | ratio    | objective | ε_low, ε_high | β     | weight   | deviation |
 |-----------|----------|-----------|---------------|-------|----------|-----------|
@@ -43,10 +47,10 @@ practice, and what `r1` means here.
 Layout
 ------
 S tokens of N completions lie end to end, without padding; `owner` [S] names each token's completion, −1 for those
-outside the loss (prompts, tool output, alignment). Values there are never read. All that couples completions, w and A,
-is computed once for the whole mini-batch ([N]), so that losses, gradients and reports of micro-batches add up to those
-of the mini-batch, however it is split between completions (and between ranks, whose gradients are then to be summed,
-not averaged). A completion must not be split: s_i needs all its tokens.
+outside the loss (prompts, tool output, alignment). Values there are never read. All that couples completions, w and
+the A of rewards, is computed once for the whole mini-batch ([N]), so that losses, gradients and reports of
+micro-batches add up to those of the mini-batch, however it is split between completions (and between ranks, whose
+gradients are then to be summed, not averaged). A completion must not be split: s_i needs all its tokens.
 Computation is in float32, or float64 where the log-probabilities are.
 """
 
@@ -70,9 +74,9 @@ class PolicyBatch:
     """All but the policy's own log-probabilities: S tokens of N completions. Log-probabilities are in nats."""
 
     owner: Tensor
-    """[S] int64: the token's row in `advantages` and `weights`, −1 outside the loss."""
+    """[S] int64: the token's row in `weights`, −1 outside the loss."""
     advantages: Tensor
-    """[N], of `group_advantages`."""
+    """[S]: its completion's (`group_advantages`), or the token's own (`teacher_advantages`)."""
     weights: Tensor
     """[N], of `completion_weights` over the whole mini-batch; completions of weight 0 do not enter."""
     old_logprobs: Tensor
@@ -83,10 +87,12 @@ class PolicyBatch:
     """[S]: the sampler's own, at the same temperature; needed for `sampler_correction`, else only reported."""
     entropy: Tensor | None = None
     """[S] of the policy's distributions; only reported."""
+    teacher_logprobs: Tensor | None = None
+    """[S]; only reported: advantages say already what follows from them."""
 
     def take(self, rows: Tensor) -> Self:
         """The tokens at `rows` [R] int64 of the same completions: constants, float32 where they are not float64."""
-        names = ("old_logprobs", "reference_logprobs", "sampler_logprobs", "entropy")
+        names = ("advantages", "old_logprobs", "reference_logprobs", "sampler_logprobs", "entropy", "teacher_logprobs")
         given = [(name, value) for name in names if (value := getattr(self, name)) is not None]
         return replace(self, owner=self.owner[rows], **{name: _wide(value.detach()[rows]) for name, value in given})
 
@@ -100,6 +106,7 @@ class PolicyReport:
     kl_reference: KL(π ‖ π_ref) · kl_sampler: KL(μ ‖ π_old), the gap between engine and trainer
     sampler_weight: importance weight as used · sampler_limited: share of tokens above the cap
     sampler_gap_max: largest |log π_old − log μ| of any token
+    teacher_kl: mean of log π_old − log p over π_old's own tokens, an unbiased estimate of KL(π_old ‖ p)
     """
 
     tokens: Tensor
@@ -159,6 +166,15 @@ def group_advantages(rewards: Tensor, group: Tensor, settings: PolicyLoss) -> Te
     return torch.where(informative[group], centred, 0.0)
 
 
+def teacher_advantages(teacher_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """A_it = log p(o_it) − log π_old(o_it): both [S] in nats, at one temperature -> [S], a constant.
+
+    On-policy distillation (GKD, arXiv 2306.13649): weighed with these, the policy gradient over π_old's own samples is
+    that of KL(π ‖ p), summed over the places of the texts, whose beginnings are held fixed.
+    """
+    return (teacher_logprobs - old_logprobs).detach()
+
+
 def completion_weights(
     lengths: Tensor, settings: PolicyLoss, *, max_tokens: int, truncated: Tensor | None = None
 ) -> Tensor:
@@ -201,7 +217,7 @@ def policy_loss(logprobs: Tensor, batch: PolicyBatch, settings: PolicyLoss) -> t
     """
     rows = ((batch.owner >= 0) & (batch.weights > 0)[batch.owner]).nonzero().squeeze(1)
     batch, logprobs = batch.take(rows), _wide(logprobs[rows])
-    advantages, weights = (x.to(logprobs.dtype)[batch.owner] for x in (batch.advantages, batch.weights))
+    advantages, weights = batch.advantages.to(logprobs.dtype), batch.weights.to(logprobs.dtype)[batch.owner]
     log_ratio = logprobs - batch.old_logprobs
     ratio = _safe_exp(_mean_of_completion(log_ratio, batch) if settings.ratio == "sequence" else log_ratio)
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
@@ -248,6 +264,8 @@ def _report(
         seen["entropy"] = batch.entropy
     if batch.reference_logprobs is not None:
         seen["kl_reference"] = k3(batch.reference_logprobs - logprobs)
+    if batch.teacher_logprobs is not None:
+        seen["teacher_kl"] = batch.old_logprobs - batch.teacher_logprobs
     gap = None
     if batch.sampler_logprobs is not None:
         difference = batch.old_logprobs - batch.sampler_logprobs

@@ -47,18 +47,22 @@ def _of(rollouts: Sequence[Rollout], tokenizer: Tokenizer, reflections: Sequence
         "completion_tokens": _mean(len(rollout.drawn.tokens) for rollout in rollouts),
         "thought_tokens": _mean(lengths),
         "truncated": _mean(float(not rollout.drawn.finished) for rollout in rollouts),
-        "reflections": _mean(_reflections(thought, reflections) for thought in thoughts),
+        "reflections": _mean(len(reflections_in(thought, reflections)) for thought in thoughts),
         "faults": float(sum(bool(rollout.reward.fault) for rollout in rollouts)),
     }
 
 
-def _reflections(thought: str, words: Sequence[str]) -> float:
-    """How often a thought has one of `words`, whole words where they are made of letters."""
+def reflections_in(thought: str, words: Sequence[str]) -> list[re.Match[str]]:
+    """Where a thought, in lower case, has one of `words`, whole words where they are made of letters; first to last."""
     lowered = thought.lower()
-    return sum(
-        len(re.findall(rf"\b{re.escape(word)}\b" if word.isascii() and word.isalpha() else re.escape(word), lowered))
+    found = [
+        match
         for word in map(str.lower, filter(None, words))
-    )
+        for match in re.finditer(
+            rf"\b{re.escape(word)}\b" if word.isascii() and word.isalpha() else re.escape(word), lowered
+        )
+    ]
+    return sorted(found, key=re.Match.start)
 
 
 def _mean(values) -> float:

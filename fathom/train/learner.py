@@ -1,13 +1,13 @@
 """What reinforcement learning changes: a policy, and the update of it that groups of rollouts ask for.
 
 A mini-batch of groups becomes pieces, each a forest (`fathom.model.forest`) for one forward pass. Groups whose rewards
-are all equal give no gradient and are left out of it, unless a KL term asks for them too.
+are all equal give no gradient and are left out of it, unless a KL term or a teacher asks for them too.
 """
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,49 +15,38 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fathom.config.rl import RLRecipe
-from fathom.data.tokenizer import Tokenizer
+from fathom.errors import UserError
 from fathom.model.forest import Forest, Tree
 from fathom.model.token_logprobs import Head, logprobs_and_entropy
 from fathom.model.transformer import Transformer
-from fathom.train.grpo import PolicyBatch, PolicyReport, completion_weights, group_advantages, policy_loss
+from fathom.train.grpo import (
+    PolicyBatch,
+    PolicyReport,
+    completion_weights,
+    group_advantages,
+    policy_loss,
+    teacher_advantages,
+)
 from fathom.train.numbers import require_numbers
-from fathom.train.optimizers import Optimizer
 from fathom.train.packing import packed
-from fathom.train.rollout import Group
+from fathom.train.rollout import Asker, Group
 from fathom.train.schedule import constant_lr_at
-from fathom.train.state import Contents, Progress, State
+from fathom.train.session import Trainee, frozen_copy
 
 
 @dataclass
-class Learner:
-    """Everything that a step reads and changes."""
+class Learner(Trainee):
+    """A policy, with the recipe that says what it learns."""
 
     recipe: RLRecipe
-    model: Transformer
-    tokenizer: Tokenizer
-    optimizer: Optimizer
-    progress: Progress
-    reference: Transformer | None
-    """The policy that `loss.kl` keeps near to."""
+    teacher: Transformer | None = None
+    """Whose judgement of every token stands in the place of rewards; frozen."""
 
     @property
     def level(self) -> int:
         """The hardest level that problems come from."""
         section = self.recipe.task
         return section.levels if section.start is None else min(self.progress.data["level"], section.levels)
-
-    def contents(self) -> Contents:
-        """What a checkpoint of this moment holds."""
-        return Contents(
-            config=self.model.config,
-            weights=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            ema=None,
-            progress=self.progress,
-            recipe=self.recipe,
-            tokenizer=self.tokenizer,
-            reference=None if self.reference is None else self.reference.state_dict(),
-        )
 
 
 def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
@@ -77,10 +66,11 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
     report: PolicyReport | None = None
     loss, norms, updates = 0.0, [], 0
     reference = None if recipe.loss.kl == 0 else _Scorer.of(learner.reference, recipe)
+    teacher = None if learner.teacher is None else _Scorer.of(learner.teacher, recipe)
     for batch in batches:
         own_loss, policy = 0.0, _Scorer.of(model, recipe)
         for place in range(len(batch.pieces)):
-            piece_loss, piece_report = batch.loss(place, policy, reference, recipe)
+            piece_loss, piece_report = batch.loss(place, policy, reference, teacher, recipe)
             piece_loss.backward()
             own_loss += float(piece_loss.detach())
             report = piece_report if report is None else report + piece_report
@@ -116,7 +106,7 @@ def observe(learner: Learner, groups: Sequence[Group]) -> dict[str, float]:
     logprobs, entropy = _Scorer.of(learner.model, recipe)(piece)
     batch = PolicyBatch(
         owner=piece.completions[piece.forest.owners],
-        advantages=torch.zeros(len(piece.completions), device=logprobs.device),
+        advantages=torch.zeros_like(logprobs),
         weights=torch.ones(len(piece.completions), device=logprobs.device),
         old_logprobs=logprobs,
         sampler_logprobs=piece.sampler_logprobs if recipe.rollout.gives_logprobs else None,
@@ -136,14 +126,22 @@ class _Piece:
     """[M]: the engine's."""
     routes: Tensor | None
     """[mixtures, S, K] int64."""
+    teachers: Forest | None
+    """The same completions behind the teacher's prompts, where there is one."""
+
+    @property
+    def judged(self) -> "_Piece":
+        """What the teacher computes. Routes are of the student's experts, and say nothing of another model's."""
+        assert self.teachers is not None, "a recipe with a teacher"
+        return replace(self, forest=self.teachers, routes=None)
 
 
 @dataclass
 class _MiniBatch:
     """Groups that one optimizer step is made of."""
 
-    advantages: Tensor
-    """[N]."""
+    advantages: Tensor | None
+    """[N], by rewards; None where a teacher judges each token."""
     weights: Tensor
     """[N]."""
     pieces: list[_Piece]
@@ -160,14 +158,16 @@ class _MiniBatch:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         owner = torch.tensor([place for place, group in enumerate(groups) for _ in group.rollouts], device=on)
         rewards = torch.tensor([rollout.reward.total for rollout in rollouts], device=on)
-        advantages = group_advantages(rewards, owner, recipe.loss)
+        advantages = group_advantages(rewards, owner, recipe.loss) if recipe.teacher is None else None
         weights = completion_weights(
             torch.tensor([len(rollout.drawn.tokens) for rollout in rollouts], device=on),
             recipe.loss,
             max_tokens=recipe.rollout.max_tokens,
             truncated=torch.tensor([not rollout.drawn.finished for rollout in rollouts], device=on),
         )
-        teaches = (weights > 0) & ((advantages != 0) | (recipe.loss.kl > 0))
+        teaches = weights > 0
+        if advantages is not None and recipe.loss.kl == 0:
+            teaches &= advantages != 0
         teaching, first = [], 0
         for group in groups:
             end = first + len(group.rollouts)
@@ -183,24 +183,35 @@ class _MiniBatch:
             self.old_logprobs = [policy(piece)[0] for piece in self.pieces]
 
     def loss(
-        self, place: int, policy: "_Scorer", reference: "_Scorer | None", recipe: RLRecipe
+        self,
+        place: int,
+        policy: "_Scorer",
+        reference: "_Scorer | None",
+        teacher: "_Scorer | None",
+        recipe: RLRecipe,
     ) -> tuple[Tensor, PolicyReport]:
         """The part of the mini-batch's loss that comes from the piece at `place`."""
         piece = self.pieces[place]
         logprobs, entropy = policy(piece)
-        reference_logprobs = None
-        if reference is not None:
-            with torch.no_grad():
-                reference_logprobs = reference(piece)[0]
+        with torch.no_grad():
+            reference_logprobs = None if reference is None else reference(piece)[0]
+            teacher_logprobs = None if teacher is None else teacher(piece.judged)[0]
         old = self.old_logprobs[place] if self.old_logprobs else logprobs.detach()
+        owner = piece.completions[piece.forest.owners]
+        if teacher_logprobs is not None:
+            advantages = teacher_advantages(teacher_logprobs, old)
+        else:
+            assert self.advantages is not None, "without a teacher, rewards judge"
+            advantages = self.advantages[owner]
         batch = PolicyBatch(
-            owner=piece.completions[piece.forest.owners],
-            advantages=self.advantages,
+            owner=owner,
+            advantages=advantages,
             weights=self.weights,
             old_logprobs=old,
             reference_logprobs=reference_logprobs,
             sampler_logprobs=piece.sampler_logprobs if recipe.rollout.gives_logprobs else None,
             entropy=entropy,
+            teacher_logprobs=teacher_logprobs,
         )
         return policy_loss(logprobs, batch, recipe.loss)
 
@@ -222,7 +233,24 @@ def _piece(groups: Sequence[tuple[Group, int]], learner: Learner) -> _Piece:
     routes = None
     if learner.recipe.rollout.replay_routes and all(rollout.drawn.routes is not None for rollout in rollouts):
         routes = torch.cat([part for group, _ in groups for part in _routes(group)]).transpose(0, 1).long().to(on)
-    return _Piece(forest, torch.tensor(completions, device=on), torch.tensor(sampled, device=on), routes)
+    teachers = None if learner.recipe.teacher is None else _teachers_forest([g for g, _ in groups], forest, learner)
+    return _Piece(forest, torch.tensor(completions, device=on), torch.tensor(sampled, device=on), routes, teachers)
+
+
+def _teachers_forest(groups: Sequence[Group], forest: Forest, learner: Learner) -> Forest:
+    """The completions of `forest` as the teacher reads them. Raises `UserError` where its context is too short."""
+    assert learner.teacher is not None, "opened where a recipe names it"
+    if (prompt := learner.recipe.teacher_prompt) is not None:
+        ask = Asker(learner.tokenizer, prompt)
+        trees = [_tree(replace(group, prompt_ids=ask(group.problem))) for group in groups]
+        forest = Forest.plant(trees, forest.token_ids.device)
+    longest, context = int(forest.positions.max()) + 1, learner.teacher.config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"teacher: reads {context} tokens at most, and a prompt with its completion has {longest}; lower "
+            "rollout.max_tokens or the level"
+        )
+    return forest
 
 
 def _routes(group: Group) -> Iterator[Tensor]:
@@ -251,13 +279,3 @@ class _Scorer:
         forest = piece.forest
         hidden, _ = self.model.forest_states(forest, routes=piece.routes)
         return logprobs_and_entropy(hidden[forest.sources], self.head, forest.targets, self.temperature)
-
-
-def frozen_copy(model: Transformer) -> Transformer:
-    """The same numbers in tensors of their own, not to be trained."""
-    with torch.device("meta"):
-        copy = Transformer(model.config)
-    state: State = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    copy.load_state_dict(state, assign=True)
-    copy.compute_dtype = model.compute_dtype
-    return copy.requires_grad_(False)

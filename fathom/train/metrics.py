@@ -72,7 +72,7 @@ class MetricsLog:
 
     def write_answer(self, step: int, parts: dict[str, str]) -> None:
         """A problem and its answer, as one section of `samples.md` with a paragraph for each of `parts`."""
-        self._write_section(step, "\n\n".join(f"{name}:\n\n{_block(_shortened(text))}" for name, text in parts.items()))
+        self._write_section(step, "\n\n".join(f"{name}:\n\n{_block(shortened(text))}" for name, text in parts.items()))
 
     def _write_section(self, step: int, body: str) -> None:
         with _disk(self._run.path), self._run.samples.open("a", encoding="utf-8") as file:
@@ -84,9 +84,9 @@ def _block(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _shortened(text: str) -> str:
-    """A long text without its middle."""
-    half, left_out = SAMPLE_CHARACTERS // 2, len(text) - SAMPLE_CHARACTERS
+def shortened(text: str, most: int = SAMPLE_CHARACTERS) -> str:
+    """A text of more than `most` characters without its middle."""
+    half, left_out = most // 2, len(text) - most
     return text if left_out <= 0 else f"{text[:half]}\n[… {left_out:,} characters …]\n{text[-half:]}"
 
 

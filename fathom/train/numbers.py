@@ -4,6 +4,7 @@ from torch.nn.utils import get_total_norm
 
 from fathom.errors import UserError
 from fathom.model.transformer import Transformer
+from fathom.train.display import is_part
 
 
 class NoNumbers(UserError):
@@ -14,6 +15,6 @@ def require_numbers(model: Transformer, step: int) -> None:
     """Raise `NoNumbers` where a weight is not finite after `step`."""
     if not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
         raise NoNumbers(
-            f"step {step}: the weights are no longer numbers; lower optimizer.lr and go on from the last checkpoint "
-            "with --resume --accept-changes"
+            f"step {step}: the weights are no longer numbers; lower optimizer.lr"
+            + ("" if is_part() else " and go on from the last checkpoint with --resume --accept-changes")
         )

@@ -28,14 +28,14 @@ from fathom.model.transformer import Transformer
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.train.corpus import open_data
-from fathom.train.display import Display, describe
+from fathom.train.display import Display, describe, is_part
 from fathom.train.estimate import dry_run
 from fathom.train.evaluate import BitsPerByte, averaged, evaluate, token_bytes, write_sample
 from fathom.train.machine import device, measure_gemm_peak, use_bf16, use_compiler
 from fathom.train.metrics import MetricsLog
 from fathom.train.objective import Report, max_violation, pretrain_loss
 from fathom.train.optimizers import Optimizer, build_optimizer
-from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, newest_model, run_folder
+from fathom.train.run import RunFolder, RunResult, begin_run, newest_model
 from fathom.train.schedule import (
     bias_rate_at,
     check_schedule,
@@ -44,7 +44,8 @@ from fathom.train.schedule import (
     micro_batches_at,
     mtp_weight_at,
 )
-from fathom.train.signals import StopRequest, sigterm_interrupts
+from fathom.train.session import training_session
+from fathom.train.signals import StopRequest
 from fathom.train.state import Contents, Progress, State, read_checkpoint
 from fathom.train.writer import CheckpointWriter
 
@@ -95,25 +96,20 @@ def pretrain(
     return once training has begun; before, both raise `KeyboardInterrupt` and nothing half-made is left. Raises
     `UserError` for everything a person can put right.
     """
-    console = console or Console(stderr=True)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    say = Display(console, total=recipe.train.steps, done=0).say
-    with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
+    how = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+    with training_session(recipe, runs, console, **how) as begun:
         # Everything that may be refused comes before `begin_run`, which is the first to change or delete anything.
-        checkpoint = find_checkpoint(
-            run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
-        )
+        run, checkpoint, say = begun.run, begun.checkpoint, begun.told.say
         if warning := check_schedule(recipe):
             say(warning)
         compiled = use_compiler(recipe.train.compile)
-        dataset = open_data(recipe, console)
+        dataset = open_data(recipe, begun.console)
         training = _start(recipe, dataset, checkpoint)
         begin_run(run, recipe, overwrite=overwrite)
         _announce(training, recipe, run, say)
         if compiled:
             training.model.compile_blocks()
-        return _train(training, dataset, recipe, run, checkpoint, console)
+        return _train(training, dataset, recipe, run, checkpoint, begun.console)
 
 
 def _train(
@@ -153,7 +149,7 @@ def _train(
         if progress.step and not log.evaluated:
             evaluate_if_due()
         if progress.step >= total:
-            display.say(
+            display.advise(
                 f"{run.path}: all {total} steps are made; more are a change of the schedule: raise train.steps and "
                 "insist with --accept-changes"
             )
@@ -185,7 +181,7 @@ def _train(
         writer.wait()
         interrupted = progress.step < total
         if interrupted:
-            display.say(
+            display.advise(
                 f"stopped at step {progress.step}; go on with: {fathom_command()} pretrain {run.recipe} --resume"
             )
     return RunResult(run.path, progress.step, newest_model(run.path), evaluation, interrupted)
@@ -336,5 +332,5 @@ def _report_bad_step(
         good = f"{checkpoint} is the last good checkpoint" if checkpoint else "there is no checkpoint yet"
         raise UserError(
             f"stopped at step {progress.step}: {row} steps in a row without a finite loss and gradient; {good}; "
-            "lower optimizer.lr or look at the data, then --resume --accept-changes"
+            f"lower optimizer.lr or look at the data{'' if is_part() else ', then --resume --accept-changes'}"
         )

@@ -4,6 +4,9 @@ A step is: problems → groups of completions from the engine → rewards → ad
 mini-batch of groups the policy's loss (`grpo.py`), a check that it is a number, clipping, the optimizer → the engine
 gets the new weights. A mini-batch whose loss or gradient is not finite changes nothing.
 
+On-policy distillation is the same with a teacher's judgement of every token as its advantage (`grpo.py`, "Teacher").
+Rewards are then only measured. The teacher is no part of a checkpoint: it is opened anew from where it lies.
+
 Engine and trainer are two programs for one model and round differently; the difference is measured at every step
 (`kl_sampler`), and for a mixture of experts made small by training on the experts that the engine chose.
 
@@ -18,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fathom.config.model import ModelConfig
@@ -29,24 +31,27 @@ from fathom.engine.protocol import Engine as EngineProtocol
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters
 from fathom.model.checkpoint import load
+from fathom.model.transformer import Transformer
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.tasks.catalogue import open_task
 from fathom.tasks.checker import Checker
-from fathom.tasks.programs import in_sandbox, shared_sandbox, use_sandbox
+from fathom.tasks.mixture import uses_sandbox
+from fathom.tasks.programs import shared_sandbox, use_sandbox
 from fathom.tasks.task import Problem, Task
 from fathom.train.display import Display
 from fathom.train.honesty import rollout_metrics
-from fathom.train.learner import Learner, frozen_copy, observe, update
-from fathom.train.machine import device, use_bf16
+from fathom.train.learner import Learner, observe, update
+from fathom.train.machine import device
 from fathom.train.metrics import MetricsLog
+from fathom.train.moments import CorrectionLog
 from fathom.train.numbers import NoNumbers
-from fathom.train.optimizers import build_optimizer
 from fathom.train.rl_evaluate import HeldOut
 from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
-from fathom.train.run import RunFolder, RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
-from fathom.train.signals import Stopped, StopRequest, sigterm_interrupts
-from fathom.train.state import Progress, read_checkpoint, read_checkpoint_recipe
+from fathom.train.run import RunFolder, RunResult, begin_run, model_folder, newest_model
+from fathom.train.session import open_trainee, training_session
+from fathom.train.signals import Stopped, StopRequest
+from fathom.train.state import Progress, read_checkpoint_recipe
 from fathom.train.writer import CheckpointWriter
 
 
@@ -64,19 +69,14 @@ def train_rl(
 
     Raises `UserError` for everything a person can put right. What was learnt before is then in a checkpoint.
     """
-    console = console or Console(stderr=True)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    say = Display(console, total=recipe.train.steps, done=0).say
-    with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
-        checkpoint = find_checkpoint(
-            run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
-        )
+    how = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+    with training_session(recipe, runs, console, **how) as begun:
+        run, told, say = begun.run, begun.told, begun.told.say
         task = task_of(recipe)
-        if in_sandbox(task):
+        if uses_sandbox(task):
             use_sandbox(recipe.task.sandbox)
             shared_sandbox()  # where there is none, the person hears of it now, and not as a run of wrong answers
-        learner, stop = _start(recipe, checkpoint), StopRequest()
+        learner, stop = _start(recipe, begun.checkpoint), StopRequest()
         with ExitStack() as stack:
             checker = Checker(recipe.task.name, seconds=recipe.task.check_seconds, heed=stop.heed)
             stack.enter_context(checker)
@@ -86,12 +86,14 @@ def train_rl(
             if learner.progress.step < recipe.train.steps:
                 begin_run(run, recipe, overwrite=overwrite)
             else:
-                say(f"all {recipe.train.steps} steps are made; for more, raise train.steps")
+                told.advise(f"all {recipe.train.steps} steps are made; for more, raise train.steps")
             parameters = count_parameters(learner.model.config)
             say(f"run '{recipe.name}' in {run.path}: {recipe.task.name}, {count(parameters.total)} parameters")
+            if learner.teacher is not None:
+                say(f"taught by {recipe.teacher}, {count(count_parameters(learner.teacher.config).total)} parameters")
             if step := learner.progress.step:
                 say(f"resuming from step {step} of {recipe.train.steps}")
-            return _train(learner, roller, engine, task, problems, run, console, stop)
+            return _train(learner, roller, engine, task, problems, run, begun.console, stop)
 
 
 def _train(
@@ -114,7 +116,8 @@ def _train(
         stop,
     ):
         exam = HeldOut(learner, roller, problems, run, log, display)
-        session = _Session(learner, roller, engine, task, log, writer, display, saved=progress.step)
+        corrections = CorrectionLog(run, recipe.eval.reflections, step=progress.step)
+        session = _Session(learner, roller, engine, task, log, corrections, writer, display, saved=progress.step)
         session.say_what_is_missing(len(problems))
         try:
             if not log.evaluated:
@@ -136,12 +139,12 @@ def _train(
             writer.wait()
             if progress.step:
                 again = f"{fathom_command()} rl {run.recipe} --resume"
-                display.say(f"what was learnt up to step {progress.step} is saved; once mended, go on with: {again}")
+                display.advise(f"what was learnt up to step {progress.step} is saved; once mended, go on with: {again}")
             raise
         session.save()
         writer.wait()
         if interrupted:
-            display.say(f"stopped at step {progress.step}; go on with: {fathom_command()} rl {run.recipe} --resume")
+            display.advise(f"stopped at step {progress.step}; go on with: {fathom_command()} rl {run.recipe} --resume")
     return RunResult(run.path, progress.step, newest_model(run.path), exam.values, interrupted)
 
 
@@ -154,6 +157,7 @@ class _Session:
     engine: EngineProtocol
     task: Task
     log: MetricsLog
+    corrections: CorrectionLog
     writer: CheckpointWriter
     display: Display
     saved: int
@@ -201,6 +205,7 @@ class _Session:
             "tokens_per_second": tokens / (ended - began),
         }
         self.log.write("train", learner.progress.step, values)
+        self.corrections.look(drawn, learner.progress.step)
         display.step(learner.progress.step, values)
         if values["skipped"]:
             _report_bad_step(learner.progress, recipe, values, display.say)
@@ -239,7 +244,7 @@ def _roll_out(learner: Learner, roller: Roller, task: Task, display: Display) ->
             f"step {step + 1}: {len(faults)} checks of task {recipe.task.name} failed, and count as wrong answers; the "
             f"first: {faults[0]}",
         )
-    elif drawn and not any(group.informative for group in drawn):
+    elif recipe.teacher is None and drawn and not any(group.informative for group in drawn):
         display.say(
             f"step {step + 1}: all rewards of every group are equal, so there is nothing to learn from; easier or "
             "harder levels (task.levels), more rollout.samples or rollout.resample may help"
@@ -249,34 +254,39 @@ def _roll_out(learner: Learner, roller: Roller, task: Task, display: Display) ->
 
 def _start(recipe: RLRecipe, checkpoint: Path | None) -> Learner:
     """A run's beginning, or where `checkpoint` left it."""
-    reference = None
+    learner = open_trainee(Learner, recipe, checkpoint, unable="no problem can be put to it")
     if checkpoint is None:
-        model, tokenizer = load(model_folder(recipe.model), dtype="float32")
-        progress = Progress(data={"level": recipe.task.start or recipe.task.levels})
-        optimizer_state = None
-    else:
-        resumed = read_checkpoint(checkpoint)
-        model, progress, optimizer_state = resumed.model, resumed.progress, resumed.optimizer
-        tokenizer = Tokenizer.from_folder(checkpoint)
-        if recipe.task.start not in (None, read_checkpoint_recipe(checkpoint, RLRecipe).task.start):
-            progress.data["level"] = recipe.task.start  # a curriculum that was insisted on: it begins now
-        if resumed.reference is not None and recipe.loss.kl > 0:
-            reference = frozen_copy(model)
-            reference.load_state_dict(resumed.reference)
-    if tokenizer is None:
-        raise UserError(f"{recipe.model}: has no tokenizer, without which no problem can be put to it")
-    model = model.to(device())
-    model.compute_dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
-    if reference is not None:
-        reference = reference.to(device())
-        reference.compute_dtype = model.compute_dtype
-    # A multi-token-prediction module takes no part in the loss: it drafts for the engine, and stays as it is.
-    for module in model.mtp:
-        module.requires_grad_(False)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
-    return Learner(recipe, model, tokenizer, optimizer, progress, reference)
+        learner.progress.data = {"level": recipe.task.start or recipe.task.levels}
+    elif recipe.task.start not in (None, read_checkpoint_recipe(checkpoint, RLRecipe).task.start):
+        learner.progress.data["level"] = recipe.task.start  # a curriculum that was insisted on: it begins now
+    if recipe.loss.kl == 0:
+        learner.reference = None
+    learner.teacher = _open_teacher(recipe, learner.model, learner.tokenizer)
+    return learner
+
+
+def _open_teacher(recipe: RLRecipe, student: Transformer, tokenizer: Tokenizer) -> Transformer | None:
+    """Frozen, and computing as the student does. Raises `UserError` where it cannot judge the student's tokens."""
+    if recipe.teacher is None:
+        return None
+    teacher, own = load(model_folder(recipe.teacher), dtype="float32")
+    require_one_vocabulary(recipe.teacher, (teacher.config, own), (student.config, tokenizer))
+    teacher = teacher.to(device()).requires_grad_(False)
+    teacher.compute_dtype = student.compute_dtype
+    return teacher
+
+
+def require_one_vocabulary(
+    teacher: str, its: tuple[ModelConfig, Tokenizer | None], students: tuple[ModelConfig, Tokenizer]
+) -> None:
+    """Raise `UserError` where the model called `teacher` has other tokens than the student, or none for some."""
+    (config, tokenizer), (student_config, student_tokenizer) = its, students
+    same = tokenizer is not None and tokenizer.backend.get_vocab() == student_tokenizer.backend.get_vocab()
+    if not same or config.vocab_size < student_config.vocab_size:
+        raise UserError(
+            f"teacher {teacher}: has another vocabulary than the student, so it cannot judge the student's tokens; let "
+            'it write traces that the student learns from: fathom distill with way = "traces"'
+        )
 
 
 def _engine(learner: Learner) -> Any:
@@ -335,7 +345,7 @@ def _report_missing_updates(
 ) -> None:
     """Say, once, that a step that had something to learn made fewer updates than the recipe asks for."""
     informative, wanted = sum(group.informative for group in groups), recipe.train.mini_batches
-    if updates < wanted and informative:
+    if recipe.teacher is None and updates < wanted and informative:
         display.say_once(
             "updates",
             f"step {progress.step}: {updates} of {wanted} mini-batches (train.mini_batches) had something to learn "

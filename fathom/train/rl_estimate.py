@@ -37,7 +37,7 @@ from fathom.train.estimate import (
     trained_bytes,
 )
 from fathom.train.machine import measure_gemm, use_bf16
-from fathom.train.rl import engine_settings, task_of
+from fathom.train.rl import engine_settings, require_one_vocabulary, task_of
 from fathom.train.rollout import Asker, draw_problems, held_out_problems, seed_of
 from fathom.train.run import model_folder
 
@@ -57,6 +57,8 @@ class StepWork:
     """Most tokens of one forward pass."""
     draw_flops: float
     update_flops: float
+    teacher_flops: float = 0.0
+    """Of these, the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Storage:
     gradients: int
     optimizer: int
     reference: int
+    teacher: int
     engine: int
     """The weights once more as the engine multiplies by them."""
     cache: int
@@ -100,25 +103,24 @@ def dry_run(recipe: RLRecipe, console: Console | None = None) -> None:
     task_of(recipe)
     console.print(explain_recipe(recipe), markup=False, highlight=False, soft_wrap=True)
     try:
-        folder = model_here(recipe.model)
+        folders = [(name, model_here(name)) for name in (recipe.model, recipe.teacher) if name is not None]
     except UserError as error:
         rows = [("model", f"{error}; what the run takes can be said once it is there")]
     else:
-        rows = estimate_rows(recipe, *read_described(folder, recipe.model))
+        model, *teacher = (read_described(folder, name) for name, folder in folders)
+        rows = estimate_rows(recipe, *model, *teacher)
     print_rows(f"run '{recipe.name}', at most", rows, console)
 
 
-def step_work(config: ModelConfig, recipe: RLRecipe, prompts: Sequence[int]) -> StepWork:
+def step_work(
+    config: ModelConfig, recipe: RLRecipe, prompts: Sequence[int], teacher: ModelConfig | None = None
+) -> StepWork:
     """A step over prompts of these lengths, drawn as often as dynamic sampling may."""
     rollout, train = recipe.rollout, recipe.train
     written = rollout.samples * (rollout.max_tokens - 1)
     rows = [prompt + written for prompt in prompts]
     batches = [part for first in range(train.mini_batches) if (part := rows[first :: train.mini_batches])]
-    update = 0.0
-    for prompt in prompts:
-        # A token of a completion sees the prompt and half of the completion: as in a sequence of twice that.
-        update += prompt * flops_per_token(config, prompt, mtp=False)
-        update += written * flops_per_token(config, 2 * prompt + rollout.max_tokens, mtp=False)
+    update, judged = (0.0 if own is None else _passes_flops(own, recipe, prompts) for own in (config, teacher))
     # Passes forward alone, a third of one with its backward: the policy before several updates, and the reference.
     more = (train.mini_batches > 1) + (recipe.loss.kl > 0)
     rounds = 1 + rollout.resample
@@ -127,8 +129,20 @@ def step_work(config: ModelConfig, recipe: RLRecipe, prompts: Sequence[int]) -> 
         rows=sum(rows),
         piece=max(min(sum(batch), max(train.rows, *batch)) for batch in batches),
         draw_flops=rounds * sum(draw_flops(config, prompt, rollout.samples, rollout.max_tokens) for prompt in prompts),
-        update_flops=update * (1 + more / 3),
+        update_flops=update * (1 + more / 3) + judged / 3,
+        teacher_flops=judged / 3,
     )
+
+
+def _passes_flops(config: ModelConfig, recipe: RLRecipe, prompts: Sequence[int]) -> float:
+    """FLOPs forward and backward of all groups of a step, each prompt once."""
+    rollout, total = recipe.rollout, 0.0
+    for prompt in prompts:
+        # A token of a completion sees the prompt and half of the completion: as in a sequence of twice that.
+        seen = 2 * prompt + rollout.max_tokens
+        total += prompt * flops_per_token(config, prompt, mtp=False)
+        total += rollout.samples * (rollout.max_tokens - 1) * flops_per_token(config, seen, mtp=False)
+    return total
 
 
 def draw_flops(config: ModelConfig, prompt: int, samples: int, tokens: int) -> float:
@@ -137,10 +151,11 @@ def draw_flops(config: ModelConfig, prompt: int, samples: int, tokens: int) -> f
     return read + samples * tokens * decode_flops_per_token(config, prompt + tokens // 2)
 
 
-def storage(config: ModelConfig, recipe: RLRecipe, piece: int) -> Storage:
-    """Memory of training with pieces of so many tokens. Nothing is allocated: the model is built on the meta device."""
+def storage(config: ModelConfig, recipe: RLRecipe, piece: int, teacher: ModelConfig | None = None) -> Storage:
+    """Memory of training with pieces of so many tokens. Nothing is allocated: models are built on the meta device."""
     with torch.device("meta"):
         model = Transformer(config)
+        judge = None if teacher is None else Transformer(teacher)
     weights = 4 * sum(p.numel() for p in model.parameters())
     for module in model.mtp:  # as in training
         module.requires_grad_(False)
@@ -154,6 +169,7 @@ def storage(config: ModelConfig, recipe: RLRecipe, piece: int) -> Storage:
         gradients=trained_bytes(model),
         optimizer=optimizer_bytes(model, recipe.optimizer),
         reference=weights if recipe.loss.kl > 0 else 0,
+        teacher=0 if judge is None else 4 * sum(p.numel() for p in judge.parameters()),
         engine=engine,
         cache=cache,
         activations=activation_bytes(piece * config.num_hidden_layers * config.hidden_size, recipe.train.precision),
@@ -182,15 +198,22 @@ def measuring(config: ModelConfig, recipe: RLRecipe, held_out: Sequence[int]) ->
     )
 
 
-def estimate_rows(recipe: RLRecipe, config: ModelConfig, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def estimate_rows(
+    recipe: RLRecipe, config: ModelConfig, tokenizer: Tokenizer, teacher: tuple[ModelConfig, Tokenizer] | None = None
+) -> list[tuple[str, str]]:
     """Lines of the table: a label and a value each. Measures the machine's peak, about a second.
 
-    Raises `UserError` where the model cannot be asked, or has no room for a prompt and a completion.
+    Raises `UserError` where the model cannot be asked, or has no room for a prompt and a completion, and where the
+    teacher has another vocabulary.
     """
+    if teacher is not None:
+        require_one_vocabulary(str(recipe.teacher), teacher, (config, tokenizer))
+    judge = teacher and teacher[0]
     prompts, held_out = _prompt_lengths(recipe, config, tokenizer)
-    work, evaluations = step_work(config, recipe, prompts), measuring(config, recipe, held_out)
+    work, evaluations = step_work(config, recipe, prompts, judge), measuring(config, recipe, held_out)
     return [
         ("parameters", parameters_in_words(config)),
+        *([] if judge is None else [("teacher", _teacher_in_words(recipe, judge, work))]),
         (
             "a step draws",
             f"{work.drawn:,} tokens, {plural(recipe.rollout.samples, 'completion')} of {recipe.rollout.max_tokens:,} "
@@ -207,9 +230,14 @@ def estimate_rows(recipe: RLRecipe, config: ModelConfig, tokenizer: Tokenizer) -
             f"{evaluations.times} of {plural(len(held_out), 'problem')}, {evaluations.drawn:,} tokens with the probe "
             "and with thoughts cut short",
         ),
-        *_storage_rows(recipe, storage(config, recipe, work.piece)),
+        *_storage_rows(recipe, storage(config, recipe, work.piece, judge)),
         *_time_rows(recipe, work, evaluations),
     ]
+
+
+def _teacher_in_words(recipe: RLRecipe, judge: ModelConfig, work: StepWork) -> str:
+    judging = f"{quantity(work.teacher_flops, 'FLOP')} a step to judge every token"
+    return f"{recipe.teacher}: {parameters_in_words(judge)}; {judging}"
 
 
 def _storage_rows(recipe: RLRecipe, kept: Storage) -> list[tuple[str, str]]:
@@ -218,6 +246,7 @@ def _storage_rows(recipe: RLRecipe, kept: Storage) -> list[tuple[str, str]]:
         "gradients": kept.gradients,
         "optimizer": kept.optimizer,
         "reference": kept.reference,
+        "teacher": kept.teacher,
         "checkpoint copy": kept.checkpoint,
         "the engine's weights": kept.engine,
         "its cache": kept.cache,

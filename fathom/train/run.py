@@ -4,13 +4,13 @@ runs/<name>/
     recipe.toml     as run, every field written out
     metrics.jsonl   one line per step and per evaluation
     samples.md      what the model wrote at each evaluation
+    first_correction.json   the first time that it corrected itself while it learnt from rewards (`moments.py`)
     tensorboard/
     checkpoints/    the newest few, each a model folder (`state.py`)
     .lock           held by the process that trains here
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +23,8 @@ from fathom.config.recipe import Recipe
 from fathom.data.dataset import is_data_folder
 from fathom.errors import UserError
 from fathom.model.checkpoint import resolve
+from fathom.pipeline.state import served
+from fathom.scratch import partial, replace_text
 from fathom.train.schedule import constant_lr_at, full_micro_batches, lr_at
 from fathom.train.state import checkpoints, damage, read_checkpoint_recipe, sweep
 
@@ -82,17 +84,34 @@ def run_folder(folder: Path) -> Iterator[RunFolder]:
     """Hold a run's folder for this process alone; inside, no other can train in it.
 
     The folder is made if need be, and taken away at the end if no run was begun in it. Raises `UserError` for a folder
-    that another process holds or that has something else in it. The kernel lets go of the lock when its holder dies.
+    that another process holds or that has something else in it.
     """
     run = RunFolder(folder)
     if not run.recipe.exists() and _holds_something_else(folder):
         raise UserError(f"{folder}: exists and is not a run; choose another name or remove it yourself")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        with locked(folder):
+            try:
+                yield run
+            finally:
+                if not run.recipe.exists():
+                    (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        if not run.recipe.exists():
+            _remove_empty(made)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for this process alone. Raises `UserError` where another one does.
+
+    The kernel lets go of the lock when its holder dies.
+    """
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
     except OSError as error:
-        _remove_empty(made)
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     with lock:
         try:
@@ -103,12 +122,7 @@ def run_folder(folder: Path) -> Iterator[RunFolder]:
             ) from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be locked ({error.strerror})") from None
-        try:
-            yield run
-        finally:
-            if not run.recipe.exists():
-                (folder / LOCK).unlink(missing_ok=True)
-                _remove_empty(made)
+        yield
 
 
 def find_checkpoint(
@@ -161,7 +175,8 @@ def begin_run(run: RunFolder, recipe: Recipe, *, overwrite: bool) -> None:
         if overwrite:
             run.metrics.unlink(missing_ok=True)
             run.samples.unlink(missing_ok=True)
-            (run.path / "report.html").unlink(missing_ok=True)
+            for told in ("report.html", "evaluation.json", "evaluation.svg"):
+                (run.path / told).unlink(missing_ok=True)
             shutil.rmtree(run.path / "best", ignore_errors=True)
             shutil.rmtree(run.tensorboard, ignore_errors=True)
         run.checkpoints.mkdir(exist_ok=True)
@@ -204,9 +219,11 @@ def _newest(folder: Path) -> Path | None:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Where the model lies that `path` names: the newest checkpoint of a run or of its folder `best`, a model folder, a
-    `.gguf` file, or what is fetched for a hub name. Raises `UserError`."""
+    """Where the model lies that `path` names: the newest checkpoint of a run or of its folder `best`, or of the stage
+    that a pipeline serves; a model folder, a `.gguf` file, or what is fetched for a hub name. Raises `UserError`."""
     run = RunFolder(Path(path).expanduser())
+    if (stage := served(run.path)) is not None:
+        return model_folder(stage.model)
     if (newest := newest_model(run.path) or _newest(run.path)) is not None:
         return newest
     if run.recipe.exists():
@@ -224,25 +241,11 @@ def changed_fields(before: Recipe, now: Recipe) -> list[str]:
     return [key for key in changed if not f"{key}.".startswith(free)]
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file that a kill leaves either old or new, and a full disk old."""
-    scratch = _scratch(file)
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _scratch(file: Path) -> Path:
-    return file.with_name(f".{file.name}.partial")
-
-
 def _holds_something_else(folder: Path) -> bool:
     """Whether there is anything but what a start that was killed may have left."""
     if not folder.is_dir():
         return folder.exists()
-    ours = {LOCK, _scratch(RunFolder(folder).recipe).name}
+    ours = {LOCK, partial(RunFolder(folder).recipe).name}
     return any(path.name not in ours for path in folder.iterdir())
 
 

@@ -28,22 +28,20 @@ from fathom.engine.generate import generate_ids
 from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters
-from fathom.model.checkpoint import load
 from fathom.model.forest import Forest, Tree
 from fathom.model.token_logprobs import Head, logprobs_and_entropy
 from fathom.model.transformer import Transformer
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.train.display import Display, describe
-from fathom.train.machine import device, use_bf16
 from fathom.train.metrics import MetricsLog
 from fathom.train.numbers import require_numbers
-from fathom.train.optimizers import Optimizer, build_optimizer
 from fathom.train.packing import packed
-from fathom.train.run import RunResult, begin_run, find_checkpoint, model_folder, newest_model, run_folder
+from fathom.train.run import RunResult, begin_run, newest_model
 from fathom.train.schedule import cosine_lr_at
-from fathom.train.signals import StopRequest, sigterm_interrupts
-from fathom.train.state import Contents, Progress, read_checkpoint
+from fathom.train.session import Trainee, open_trainee, training_session
+from fathom.train.signals import StopRequest
+from fathom.train.state import Progress
 from fathom.train.writer import CheckpointWriter
 
 _LONGEST = "(data.max_tokens, or the model's context)"
@@ -75,27 +73,10 @@ class Answers:
         return digest.hexdigest()
 
 
-@dataclass
-class Student:
-    """Everything that a step reads and changes."""
+class Student(Trainee):
+    """A model, with the recipe that says how it learns answers."""
 
     recipe: SFTRecipe
-    model: Transformer
-    tokenizer: Tokenizer
-    optimizer: Optimizer
-    progress: Progress
-
-    def contents(self) -> Contents:
-        """What a checkpoint of this moment holds."""
-        return Contents(
-            config=self.model.config,
-            weights=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            ema=None,
-            progress=self.progress,
-            recipe=self.recipe,
-            tokenizer=self.tokenizer,
-        )
 
 
 def train_sft(
@@ -111,22 +92,17 @@ def train_sft(
 
     Raises `UserError` for everything a person can put right.
     """
-    console = console or Console(stderr=True)
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    say = Display(console, total=1, done=0).say
-    with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
-        checkpoint = find_checkpoint(
-            run, recipe, resume=resume, overwrite=overwrite, accept_changes=accept_changes, say=say
-        )
-        student = _start(recipe, checkpoint)
+    how = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+    with training_session(recipe, runs, console, **how) as begun:
+        run, told, say = begun.run, begun.told, begun.told.say
+        student = open_trainee(Student, recipe, begun.checkpoint, unable="it reads no conversation")
         answers = read_answers(recipe, student.tokenizer, context=student.model.config.max_position_embeddings)
         _check_data(answers, student.progress, accept_changes)
         total = math.ceil(answers.in_epochs(recipe.train.epochs) / recipe.train.batch)
         if student.progress.step < total:
             begin_run(run, recipe, overwrite=overwrite)
         else:
-            say(f"all {total} steps are made; for more, raise train.epochs")
+            told.advise(f"all {total} steps are made; for more, raise train.epochs")
         if answers.too_long:
             say(f"{answers.too_long} answers end after more than {answers.longest} tokens, and are left out {_LONGEST}")
         if recipe.data.held_out and not answers.held_out:
@@ -139,7 +115,7 @@ def train_sft(
         with (
             CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
             MetricsLog(run, step=student.progress.step) as log,
-            Display(console, total=total, done=student.progress.step) as display,
+            Display(begun.console, total=total, done=student.progress.step) as display,
             StopRequest() as stop,
         ):
             course = _Course(student, answers, total, log, display)
@@ -159,7 +135,7 @@ def train_sft(
             interrupted = student.progress.step < total
             if interrupted:
                 again = f"{fathom_command()} sft {run.recipe} --resume"
-                display.say(f"stopped at step {student.progress.step}; go on with: {again}")
+                display.advise(f"stopped at step {student.progress.step}; go on with: {again}")
     return RunResult(run.path, student.progress.step, newest_model(run.path), course.evaluation, interrupted)
 
 
@@ -307,7 +283,9 @@ def _score(model: Transformer, head: Head, turns: Sequence[Turn]) -> tuple[torch
 
 
 def _is_held_out(question: str, share: float) -> bool:
-    digest = hashlib.blake2b(" ".join(question.split()).casefold().encode(), digest_size=8).digest()
+    # A hash of its own: rows made from a task's training problems would all be on one side of the task's.
+    text = " ".join(question.split()).casefold()
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"sft").digest()
     return int.from_bytes(digest) < share * 2**64
 
 
@@ -320,24 +298,3 @@ def _check_data(answers: Answers, progress: Progress, accept_changes: bool) -> N
             "--name, or insist with --accept-changes"
         )
     progress.data = {"fingerprint": now}
-
-
-def _start(recipe: SFTRecipe, checkpoint: Path | None) -> Student:
-    """A run's beginning, or where `checkpoint` left it."""
-    if checkpoint is None:
-        model, tokenizer = load(model_folder(recipe.model), dtype="float32")
-        progress, optimizer_state = Progress(), None
-    else:
-        resumed = read_checkpoint(checkpoint)
-        model, progress, optimizer_state = resumed.model, resumed.progress, resumed.optimizer
-        tokenizer = Tokenizer.from_folder(checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{recipe.model}: has no tokenizer, without which it reads no conversation")
-    model = model.to(device())
-    model.compute_dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
-    for module in model.mtp:
-        module.requires_grad_(False)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
-    return Student(recipe, model, tokenizer, optimizer, progress)

@@ -19,7 +19,7 @@ from fathom.config import (
 )
 from fathom.errors import UserError
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+STDLIB = Path(__file__).parents[2] / "recipes" / "stdlib.toml"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -126,7 +126,7 @@ def test_nothing_is_built_that_its_readers_would_misread(change: dict[str, Any],
 def test_recipe_overrides_reach_every_section() -> None:
     """`--section.field value` and `--section.field=value` change numbers, texts and lists; dashes are underscores."""
     recipe = read_recipe(
-        QUICKSTART,
+        STDLIB,
         ["--train.steps", "7", "--optimizer.lr=1e-3", "--data.sources", '["a", "b"]', "--model.num-hidden-layers", "2",
          "--train.compile", "off", "--name", "other"],
     )  # fmt: skip
@@ -137,7 +137,7 @@ def test_recipe_overrides_reach_every_section() -> None:
 def test_overrides_are_read_by_the_type_of_their_field() -> None:
     """A text field takes numbers as text, a list field one text, `none` unsets, whole numbers pass for floats."""
     recipe = read_recipe(
-        QUICKSTART,
+        STDLIB,
         ["--name", "2024", "--data.sources", "7", "--model.q_lora_rank", "none", "--optimizer.lr", "1",
          "--eval.sample_prompt", "none", "--train.ema-decay", "none"],
     )  # fmt: skip
@@ -159,15 +159,15 @@ def test_recipe_file_can_unset_a_preset_field(tmp_path: Path) -> None:
         (["--train.stepz", "3"], "--train.stepz: "),
         (["--seed", "1", "--optimiser.lr", "3"], "--optimiser.lr: "),
         (["--train.micro-batch", "-1", "--seed", "1"], "--train.micro_batch: "),
-        (["--train.batch_tokens", "1000"], f"{QUICKSTART} with --train.batch_tokens: "),
-        (["--seed", "1", "--model.n_group", "7"], f"{QUICKSTART} with --model.n_group: "),
-        (["--model.preset", "deepseek-v4"], f"{QUICKSTART} with --model.preset: "),
+        (["--train.batch_tokens", "1000"], f"{STDLIB} with --train.batch_tokens: "),
+        (["--seed", "1", "--model.n_group", "7"], f"{STDLIB} with --model.n_group: "),
+        (["--model.preset", "deepseek-v4"], f"{STDLIB} with --model.preset: "),
     ],
 )
 def test_mistake_on_the_command_line_is_not_blamed_on_the_file(words: list[str], begins: str) -> None:
     """What a flag broke begins with the flag; a rule between fields names the file and the flags it may be about."""
     with pytest.raises(UserError) as raised:
-        read_recipe(QUICKSTART, words)
+        read_recipe(STDLIB, words)
     assert str(raised.value).startswith(begins)
 
 
@@ -182,7 +182,7 @@ def test_explained_recipe_reads_back(tmp_path: Path) -> None:
     """The listing of all fields is a recipe: the same one, unset fields and awkward texts included. Its sentences are
     for a terminal, without backticks."""
     awkward = ["--eval.sample_prompt", 'a\n"b"  # c', "--data.sources", '["a  b", "c"]']
-    recipe = read_recipe(QUICKSTART, ["--model.preset", "deepseek-v3", *awkward])
+    recipe = read_recipe(STDLIB, ["--model.preset", "deepseek-v3", *awkward])
     text = explain_recipe(recipe)
     (tmp_path / "recipe.toml").write_text(text)
     assert read_recipe(tmp_path / "recipe.toml", []) == recipe
@@ -198,7 +198,7 @@ def test_recipe_that_is_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_written_recipe_reads_back(tmp_path: Path) -> None:
     """A recipe written with every field out is the same recipe."""
-    recipe = read_recipe(QUICKSTART, [])
+    recipe = read_recipe(STDLIB, [])
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
     assert read_recipe(tmp_path / "recipe.toml", []) == recipe
 
@@ -238,7 +238,7 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
 def test_wrong_recipe_names_the_field(words: list[str], said: str) -> None:
     """A typo, a wrong type, a missing value: one line with the field and the nearest known one."""
     with pytest.raises(UserError) as raised:
-        read_recipe(QUICKSTART, words)
+        read_recipe(STDLIB, words)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -246,9 +246,9 @@ def test_wrong_recipe_names_the_field(words: list[str], said: str) -> None:
 def test_rule_between_fields_is_said_without_all_of_them() -> None:
     """A model whose fields do not fit together is one short sentence, not a print of the whole config."""
     with pytest.raises(UserError) as raised:
-        read_recipe(QUICKSTART, ["--model.n_group", "7"])
+        read_recipe(STDLIB, ["--model.n_group", "7"])
     assert "'model': n_routed_experts=16 is not a multiple of" in str(raised.value)
-    assert len(str(raised.value).removeprefix(str(QUICKSTART))) < 100
+    assert len(str(raised.value).removeprefix(str(STDLIB))) < 100
 
 
 def test_every_field_has_its_help() -> None:

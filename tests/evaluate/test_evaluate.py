@@ -15,7 +15,9 @@ from fathom.errors import UserError
 from fathom.evaluate.answers import Answer, EngineAnswers, Reply
 from fathom.evaluate.evaluate import INTERRUPTED, Progress, evaluate, grade
 from fathom.evaluate.results import Evaluation, Graded, Prices, Spent, Tried, measured
+from fathom.evaluate.transcripts import LONGEST, Transcript, shown
 from fathom.tasks.checker import Checker
+from fathom.tasks.reading import Reading, read
 from fathom.tasks.task import Problem
 from tests.engine.running import MLA, PLAIN, TAGGED, engine_of
 from tests.evaluate.scripted import MODULAR, Scripted
@@ -80,6 +82,41 @@ def test_equal_answers_vote_together() -> None:
     assert (found.unread, found.unread_for) == (0.25, "no answer")
 
 
+def test_transcripts_are_of_the_same_problems_for_every_model() -> None:
+    """Whatever is answered and in whatever order: the first sample of each, from the lowest level to the highest."""
+    settings = MODULAR.replace(levels=6, problems=12)
+    right = evaluate(Scripted(lambda p, n, b: f"<think>so {n}</think>{p.answer}"), settings, model="a").measurements[0]
+    wrong = evaluate(Scripted(lambda p, n, b: f"no </think> {n}"), settings, model="b").measurements[0]
+    assert [one.question for one in right.transcripts] == [one.question for one in wrong.transcripts]
+    assert [one.level for one in right.transcripts] == [1, 3, 4, 6]
+    assert {(one.thought, one.right) for one in right.transcripts} == {("so 0", True)}
+    assert {(one.thought, one.answer, one.right) for one in wrong.transcripts} == {("", "no </think> 0", False)}
+    assert right.as_json()["transcripts"][0]["question"] == right.transcripts[0].question
+    assert right.as_json()["samples"] == settings.samples
+
+
+def test_a_transcript_stays_short() -> None:
+    """A thought of a hundred thousand letters keeps its two ends; problems go from the lowest level to the highest, few
+    are shown all, and none twice."""
+    text = "<think>" + "a" * 50_000 + "b" * 50_000 + "</think>7"
+    reading = read(text, MODULAR.layout, starts_thinking=False, finished=True)
+    thought = Transcript.of(Problem("q"), Answer(text, True), reading, right=True).thought
+    assert len(thought) < LONGEST + 50
+    assert (thought[0], thought[-1]) == ("a", "b")
+    assert [one.level for one in shown([Problem(str(level), level=level) for level in (5, 3, 1, 4, 2)])] == [1, 2, 4, 5]
+    for count in (1, 2, 3, 4, 9):
+        assert len(set(map(id, shown([Problem(str(place)) for place in range(count)])))) == min(count, 4)
+
+
+def test_language_is_that_of_the_thoughts_with_words() -> None:
+    """Half of the thoughts are English and half Chinese, and figures count for nothing; figures alone give no share."""
+    said = {0: "so it is", 1: "所以", 2: "1+1", 3: "1+1"}
+    answers = Scripted(lambda p, n, b: f"<think>{said[n]}</think>{p.answer}")
+    found = evaluate(answers, MODULAR, model="m")
+    assert found.measurements[0].as_json()["language"] == 0.5
+    assert evaluate(Scripted(lambda p, n, b: p.answer), MODULAR, model="m").measurements[0].language is None
+
+
 def test_order_changes_nothing() -> None:
     """Samples and problems in another order give the same measurement."""
     draw = random.Random(2)
@@ -87,7 +124,13 @@ def test_order_changes_nothing() -> None:
         Tried(
             Problem(str(number), level=1 + number % 3),
             tuple(
-                Graded(Answer("", True, 3, draw.randint(1, 9), 1), draw.choice("abc"), float(draw.random() < 0.4), True)
+                Graded(
+                    Answer("", True, 3, draw.randint(1, 9), 1),
+                    Reading("", "", True, ""),
+                    draw.choice("abc"),
+                    float(draw.random() < 0.4),
+                    draw.choice([None, 0.5, 1.0]),
+                )
                 for _ in range(4)
             ),
         )

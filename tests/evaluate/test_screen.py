@@ -36,6 +36,16 @@ def test_names_in_brackets_are_shown(found: Evaluation) -> None:
     assert "87.5 %" in file.getvalue()
 
 
+def test_language_is_told_where_it_was_not_kept(found: Evaluation) -> None:
+    """A share below 1 has its line; where all words were in the language, or there was none, there is no line."""
+    for share, told in ((0.875, True), (1.0, False), (None, False)):
+        file = io.StringIO()
+        measurements = tuple(replace(one, language=share) for one in found.measurements)
+        show(replace(found, measurements=measurements), _plain(file))
+        assert ("language kept" in file.getvalue()) is told
+        assert ("87.5 % of the words of a thought" in file.getvalue()) is told
+
+
 def test_what_must_be_known_is_said(found: Evaluation) -> None:
     """Failed checks, problems left out or missing, and a layout that finds no answers; nothing where all is well."""
     assert notes(found) == []

@@ -3,95 +3,23 @@
 import io
 import json
 import signal
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tomli_w
 from rich.console import Console
 
+import fathom.pipeline.run as pipelines
 import fathom.train.sft as sft
 from fathom.config.pipeline import Pipeline, read_pipeline
-from fathom.data import train_bpe
 from fathom.errors import UserError
-from fathom.model.checkpoint import save_model
-from fathom.model.transformer import Transformer
-from fathom.pipeline.run import PipelineResult, run_pipeline
-from tests.train.tiny import MODEL
-
-FILE = """
-name = "house"
-
-[evaluation]
-tasks = ["modular"]
-levels = 1
-problems = 4
-samples = 2
-max_tokens = 6
-prompt = {{ style = "chat", opens_thought = true }}
-layout = {{ form = "rest", thoughts = "optional" }}
-
-[[stages]]
-name = "traces"
-verb = "synth"
-set = {{ source = "worked", problems = 12, tasks = [{{ name = "modular", levels = 1 }}] }}
-
-[[stages]]
-name = "student"
-verb = "sft"
-recipe = "sft.toml"
-set = {{ model = "{model}", data.files = ["@traces/traces.jsonl"] }}
-
-[[stages]]
-name = "zero"
-verb = "rl"
-[stages.set]
-model = "@student"
-task = {{ name = "modular" }}
-prompt = {{ style = "chat", opens_thought = true }}
-rewards = {{ layout = {{ form = "rest", thoughts = "optional" }} }}
-rollout = {{ problems = 2, samples = 2, max_tokens = 4 }}
-train = {{ steps = 2, precision = "fp32" }}
-eval = {{ problems = 2, probe = false }}
-"""
-SFT = """
-name = "anything"
-model = "replaced"
-[data]
-files = ["replaced"]
-held_out = 0.0
-[train]
-epochs = 2.0
-batch = 6
-precision = "fp32"
-[checkpoint]
-every = 1
-"""
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline over a tiny random model: worked solutions, fine-tuning on them, rewards."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer = train_bpe(["0123456789"], 266)
-    model = Transformer(MODEL.replace(vocab_size=tokenizer.vocab_size))
-    model.init_weights(1)
-    save_model(model, folder / "model", tokenizer=tokenizer)
-    (folder / "house.toml").write_text(FILE.format(model=folder / "model"))
-    (folder / "sft.toml").write_text(SFT)
-    return folder / "house.toml"
-
-
-def run(file: Path, runs: Path, *words: str, redo: bool = False) -> tuple[PipelineResult, str]:
-    said = io.StringIO()
-    console = Console(file=said, width=200)
-    return run_pipeline(
-        read_pipeline(file, list(words)), file.parent, console=console, runs=runs, redo=redo
-    ), said.getvalue()
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    """Every file of numbers of all stages."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+from fathom.pipeline.dry_run import dry_run
+from fathom.pipeline.state import StageState, read_state
+from fathom.train.run import locked
+from tests.pipeline.house import run, weights
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -111,7 +39,7 @@ def test_stages_build_on_each_other_and_are_measured(file: Path, tmp_path: Path)
         kept = json.loads((result.folder / name / "evaluation.json").read_text())
         assert kept == result.stages[name].evaluation
         problems.append(kept["measurements"][0]["problems"])
-        assert any(line.startswith(name) and "±" in line for line in said.splitlines())
+        assert sum(line.startswith(name) and "±" in line for line in said.splitlines()) == 2
     assert problems == [4, 4]
     recipe = (result.folder / "zero" / "recipe.toml").read_text()
     assert f'model = "{result.folder / "student"}"' in recipe
@@ -127,10 +55,10 @@ def test_what_is_finished_is_not_made_again(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_pipeline_goes_on_as_if_it_had_not_been(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the midst of a stage, and the same command again, give the bytes of the unbroken pipeline."""
-    unbroken, _ = run(file, tmp_path / "one")
+    """Ctrl-C in the midst of a stage, and the same command again, give the bytes of the unbroken pipeline; a stage's
+    joules are those of all its sessions."""
     original = sft.update
 
     def stopping(student: sft.Student, *arguments: Any) -> dict[str, Any]:
@@ -138,16 +66,19 @@ def test_a_stopped_pipeline_goes_on_as_if_it_had_not_been(
             signal.raise_signal(signal.SIGINT)
         return original(student, *arguments)
 
+    monkeypatch.setattr(pipelines, "EnergyMeter", lambda: SimpleNamespace(read=lambda: 10.0))
     with monkeypatch.context() as patch:
         patch.setattr(sft, "update", stopping)
-        stopped, said = run(file, tmp_path / "two")
+        stopped, said = run(file, tmp_path)
     assert stopped.interrupted
-    assert "stopped in stage student" in said
-    assert not (tmp_path / "two" / "house" / "zero").exists()
-    resumed, said = run(file, tmp_path / "two")
+    assert "stopped in stage student; run the same command again" in said
+    assert "--resume" not in said
+    assert not (tmp_path / "house" / "zero").exists()
+    resumed, said = run(file, tmp_path)
     assert said.count("finished before") == 1
     assert not resumed.interrupted
-    assert weights(resumed.folder) == weights(unbroken.folder)
+    assert {name: stage.joules for name, stage in resumed.stages.items()} == {"traces": 10, "student": 20, "zero": 10}
+    assert weights(resumed.folder) == unbroken
 
 
 def test_a_stage_that_fails_keeps_what_was_finished(file: Path, tmp_path: Path, monkeypatch) -> None:
@@ -158,8 +89,11 @@ def test_a_stage_that_fails_keeps_what_was_finished(file: Path, tmp_path: Path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(sft, "update", broken)
-        with pytest.raises(UserError, match="the disk is full"):
+        with pytest.raises(UserError) as error:
             run(file, tmp_path)
+    assert str(error.value) == (
+        "stage student: the disk is full; what is finished is kept: once mended, run the same command again"
+    )
     result, said = run(file, tmp_path)
     assert said.count("finished before") == 1
     assert all(stage.finished for stage in result.stages.values())
@@ -188,13 +122,65 @@ def test_stages_are_changed_by_their_names(file: Path) -> None:
     """`--stage.section.field` changes that stage, `--seed` all of them, `--name` the pipeline."""
     words = ["--zero.train.steps", "7", "--seed", "5", "--name", "other", "--student.model=elsewhere"]
     pipeline = read_pipeline(file, words)
-    recipes = {stage.name: stage.resolved(Path("runs/other"), pipeline.seed, file.parent) for stage in pipeline.stages}
+    recipes = pipeline.recipes(Path("runs/other"), file.parent)
     assert pipeline.name == "other"
     assert recipes["zero"].train.steps == 7
     assert recipes["student"].model == "elsewhere"
     assert {recipe.seed for recipe in recipes.values()} == {5}
     assert {name: recipe.name for name, recipe in recipes.items()} == {name: name for name in recipes}
     assert recipes["student"].data.files == ("runs/other/traces/traces.jsonl",)
+
+
+def with_teacher(file: Path, **fields: Any) -> Path:
+    """The pipeline's stage `zero`, on a model that there is, and a file of its own for that."""
+    values = tomllib.loads(file.read_text())
+    teacher = {"name": "teacher", "verb": "model", "set": {"model": values["stages"][1]["set"]["model"]}}
+    zero = values["stages"][2]
+    zero["set"]["model"] = "@teacher"
+    other = file.with_name("teacher.toml")
+    other.write_text(tomli_w.dumps(values | {"stages": [teacher, zero]} | fields))
+    return other
+
+
+def test_a_model_that_there_is_is_a_stage(file: Path, tmp_path: Path) -> None:
+    """It is measured and nothing is trained; later stages read it where it lies, and another path is another stage."""
+    other = with_teacher(file)
+    result, _ = run(other, tmp_path)
+    assert [path.name for path in (result.folder / "teacher").iterdir()] == ["evaluation.json"]
+    assert result.stages["teacher"].evaluation is not None
+    assert f'model = "{file.parent / "model"}"' in (result.folder / "zero" / "recipe.toml").read_text()
+    _, said = run(other, tmp_path)
+    assert said.count("finished before") == 2
+    with pytest.raises(UserError, match="stage teacher was made by another recipe"):
+        run(other, tmp_path, "--teacher.model", str(result.folder / "zero"))
+
+
+def test_a_stage_may_be_measured_otherwise(file: Path, tmp_path: Path) -> None:
+    """Fields of a stage's own evaluation stand in the place of the pipeline's, for that stage alone."""
+    result, _ = run(with_teacher(file), tmp_path, "--zero.evaluation.samples", "3", "--zero.evaluation.problems=2")
+    measured = {name: stage.evaluation["measurements"][0] for name, stage in result.stages.items()}
+    asked = {name: (found["problems"], found["samples"]) for name, found in measured.items()}
+    assert asked == {"teacher": (4, 2), "zero": (2, 3)}
+
+
+def test_the_pipeline_as_run_is_kept(file: Path, tmp_path: Path) -> None:
+    """pipeline.toml, read without the files it was made from, gives the same recipes and measurements."""
+    words = ["--student.train.epochs", "1", "--zero.evaluation.levels", "none", "--serves", "student", "--seed", "3"]
+    pipeline = read_pipeline(file, words)
+    run(file, tmp_path, *words)
+    again = read_pipeline(tmp_path / "house" / "pipeline.toml", [])
+    nowhere = tmp_path / "nowhere"
+    recipes = pipeline.recipes(Path("runs"), file.parent)
+    assert again.recipes(Path("runs"), nowhere) == recipes
+    for one, other in zip(pipeline.stages, again.stages, strict=True):
+        assert pipeline.settings(one, recipes[one.name]) == again.settings(other, recipes[one.name])
+    assert (again.serves, again.seed, again.stages[2].evaluation) == ("student", 3, {"levels": "none"})
+
+
+def test_an_older_state_is_readable(tmp_path: Path) -> None:
+    """A pipeline.json without joules is read, and says that they are not known."""
+    (tmp_path / "pipeline.json").write_text('{"base": {"verb": "rl", "fingerprint": "x", "finished": true}}')
+    assert read_state(tmp_path) == {"base": StageState("rl", "x", finished=True, joules=None)}
 
 
 BAD = {
@@ -204,6 +190,11 @@ BAD = {
     "a wrong value": (["--zero.train.steps", "0"], "stage zero: .*steps"),
     "no such task": (["--evaluation.tasks", "modulo"], "unknown task 'modulo'"),
     "no field": (["--zero", "3"], "say which field of the stage"),
+    "no such measurement": (["--zero.evaluation.samplez", "3"], "stage zero: evaluation: .*samplez"),
+    "a measurement of no problems": (["--zero.evaluation.levels", "99"], "levels = 99"),
+    "a measurement of rows": (["--traces.evaluation.samples", "3"], "stages.0.*'synth' yields no model"),
+    "no such stage to serve": (["--serves", "zerro"], r"serves = 'zerro' .*did you mean 'zero'"),
+    "rows to serve": (["--serves", "traces"], "no stage that yields a model"),
     "no such section": (["--evalution.samples", "3"], "evalution"),
 }
 
@@ -238,3 +229,35 @@ def test_two_stages_of_one_name_are_refused(file: Path) -> None:
     values = read_pipeline(file, []).model_dump(exclude_unset=True)
     with pytest.raises(UserError, match="two stages are called 'traces'"):
         Pipeline.parse(values | {"stages": [*values["stages"], values["stages"][0]]}, where="here")
+
+
+def test_a_dry_run_tells_and_writes_nothing(file: Path, tmp_path: Path) -> None:
+    """Every stage with what it reads, does and takes, and where it stands; no file is made or changed."""
+
+    def told(*words: str) -> list[str]:
+        said = io.StringIO()
+        dry_run(read_pipeline(file, list(words)), file.parent, console=Console(file=said, width=200), runs=tmp_path)
+        return [" ".join(line.split()) for line in said.getvalue().splitlines()]
+
+    lines = told()
+    assert not any(tmp_path.iterdir())
+    assert lines[2:5] == [
+        "traces synth rules 12 problems × 4 of modular",
+        f"student sft {file.parent / 'model'}, traces/traces.jsonl 2 × all, 6 to a step 1 task, 4 × 2",
+        "zero rl student 2 steps of 2 × 2 of modular 1 task, 4 × 2",
+    ]
+    assert lines[5] == "3 stages of 3 to be made"
+    result, _ = run(file, tmp_path)
+    before = times(result.folder)
+    lines = told("--zero.train.steps", "3")
+    assert [line.endswith("finished") for line in lines[2:5]] == [True, True, False]
+    assert lines[4].endswith("changed, needs --redo")
+    assert lines[5] == "1 stage of 3 to be made"
+    assert times(result.folder) == before
+
+
+def test_a_pipeline_under_way_is_left_to_itself(file: Path, tmp_path: Path) -> None:
+    """A second process in the same folder is refused before it writes anything."""
+    with locked(tmp_path / "house"), pytest.raises(UserError, match="house: another process is training here"):
+        run(file, tmp_path)
+    assert [path.name for path in (tmp_path / "house").iterdir()] == [".lock"]

@@ -1,10 +1,13 @@
 """Charts: what is drawn is what was measured, for eyes and for screen readers."""
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
+import pytest
+
 from fathom.report.axis import Axis
-from fathom.report.bars import Bars, draw_bars
+from fathom.report.bars import Bars, Share, draw_bars, table_of_bars
 from fathom.report.chart import Chart, Series, draw, table
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -84,9 +87,58 @@ def test_a_file_of_its_own_brings_its_colours() -> None:
     assert "<style>" not in draw(_chart(line))
 
 
+def _widths(svg: str, kind: str) -> list[float]:
+    return [
+        float(r.get("width", "nan")) for r in ElementTree.fromstring(svg).iter(f"{SVG}rect") if r.get("class") == kind
+    ]
+
+
 def test_a_bar_is_as_long_as_its_share() -> None:
-    """Half of all is a bar of half the track's length; what is above all is no longer than the track."""
-    root = ElementTree.fromstring(draw_bars(Bars("p", "Probe", (("half", 0.5), ("more", 1.2)))))
-    length = {kind: [float(r.get("width", "nan")) for r in root.iter(f"{SVG}rect") if r.get("class") == kind]
-              for kind in ("track", "bar")}  # fmt: skip
-    assert length["bar"] == [length["track"][0] / 2, length["track"][1]]
+    """Half of all is a bar of half the length of all; what is above all is no longer than that."""
+    bars = Bars("p", "Probe", (("half", (Share(0.5),)), ("all", (Share(1.0),)), ("more", (Share(1.2),))))
+    half, whole, more = _widths(draw_bars(bars), "bar s1")
+    assert half == whole / 2
+    assert more == whole
+
+
+def test_bars_of_several_series_lie_under_one_another() -> None:
+    """Each in its own colour, which the legend names; what was not measured has no bar and an empty cell."""
+    bars = Bars("p", "Two", (("a", (Share(0.5), Share(0.25))), ("b", (None, Share(1.0)))), ("one", "two"))
+    for width in (360, 720):
+        svg = draw_bars(bars, width=width)
+        assert len(_widths(svg, "bar s1")) == 1 + 1
+        assert len(_widths(svg, "bar s2")) == 2 + 1
+    assert table_of_bars(bars) == [["", "one", "two"], ["a", "50.0 %", "25.0 %"], ["b", "", "100.0 %"]]
+    assert "a: one 50 %, two 25 %; b: two 100 %." in draw_bars(bars)
+
+
+def test_a_whisker_spans_its_interval() -> None:
+    """From the lower to the upper end, on the scale of the bar."""
+    svg = draw_bars(Bars("p", "One", (("a", (Share(0.5, 0.25, 1.0),)), ("b", (Share(1.0),)))))
+    (whisker,) = (path for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("class") == "whisker")
+    low, high = map(float, re.match(r"M([\d.]+),[\d.]+H([\d.]+)", whisker.get("d", "")).groups())
+    assert high - low == pytest.approx(0.75 * _widths(svg, "bar s1")[1], abs=0.2)
+    assert "50.0 % (25.0–100.0)" in svg
+
+
+def test_names_and_numbers_of_bars_lie_inside() -> None:
+    """Above a narrow bar or beside a wide one, a name ends before the picture or the bar begins; numbers have room."""
+    bars = Bars("p", "Names", (("n" * 90, (Share(0.1),)), ("short", (Share(1.0, 0.99, 1.0),))))
+    for width in (360, 720):
+        root = ElementTree.fromstring(draw_bars(bars, width=width))
+        for text in root.iter(f"{SVG}text"):
+            if text.get("text-anchor") == "start":
+                assert float(text.get("x", "nan")) + 7.2 * len(text.text or "") <= width
+        left = float(next(root.iter(f"{SVG}rect")).get("x", "nan"))
+        if width == 720:
+            name = next(text for text in root.iter(f"{SVG}text") if "nnn" in (text.text or ""))
+            assert 14 + 7.6 * len(name.text or "") <= left
+
+
+def test_doublings_take_the_same_room() -> None:
+    """1, 2, 4, 8 and 16 stand at equal distances, and are the ticks."""
+    line = Series("a", tuple((2**power, power / 4) for power in range(5)), marked=True)
+    root = ElementTree.fromstring(draw(_chart(line, doubling=True)))
+    places = [float(dot.get("cx", "nan")) for dot in root.iter(f"{SVG}circle")]
+    assert {round(after - before, 0) for before, after in pairwise(places)} == {round(places[1] - places[0], 0)}
+    assert {"1", "2", "4", "8", "16"} <= {text.text for text in root.iter(f"{SVG}text")}

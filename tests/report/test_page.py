@@ -1,9 +1,7 @@
 """The report of a run: whole for whatever a run's folder holds."""
 
-import html
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,9 @@ import pytest
 from fathom.cli import main
 from fathom.errors import UserError
 from fathom.report.page import write_report
+from tests.evaluate.scripted import MODULAR
+from tests.report.house import COUNTS, evaluation
+from tests.report.outline import Outline, references, table_of
 
 PRETRAIN = """
 name = "words"
@@ -35,6 +36,22 @@ steps = 40
 lr = 1e-6
 weight_decay = 0.0
 """
+CONVERSES = """
+name = "talk"
+model = "runs/base"
+[data]
+files = ["a.jsonl", "b.jsonl"]
+[train]
+epochs = 1.0
+"""
+DRAWS = """
+name = "factory"
+model = "runs/zero"
+problems = 40
+[[tasks]]
+name = "modular"
+levels = 8
+"""
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\x1b[31m\x00"
 
 
@@ -56,33 +73,9 @@ def _evaluation(step: int, **values: Any) -> dict[str, Any]:
     return {"kind": "eval", "step": step, **values}
 
 
-class _Outline(HTMLParser):
-    """Elements and their text; fails for one that is closed in another's place."""
-
-    EMPTY = {"meta", "link", "br", "img"}
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def _page(run: Path) -> str:
     page = write_report(run).read_text(encoding="utf-8")
-    _Outline(page)
+    Outline(page)
     return page
 
 
@@ -90,21 +83,12 @@ def _figures(page: str) -> list[str]:
     return re.findall(r"<h3>([^<]+)</h3><p>", page)
 
 
-def _table(page: str, caption: str) -> list[list[str]]:
-    body = re.search(rf"<caption[^>]*>{re.escape(caption)}</caption>(.*?)</table>", page, re.DOTALL)
-    assert body is not None
-    rows = re.findall(r"<tr>(.*?)</tr>", body[1], re.DOTALL)
-    return [
-        [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows
-    ]
-
-
 def test_pretraining_is_told(tmp_path: Path) -> None:
     """First, best and last evaluation stand side by side, and every measured thing has its figure."""
     lines = [_train(step, bits_per_byte=2.0, max_vio=0.5, lr=0.1, tokens_per_second=100.0) for step in (1, 2, 3, 4)]
     lines += [_evaluation(2, loss=3.0, mtp_acceptance=0.5), _evaluation(3, loss=1.25), _evaluation(4, loss=2.0)]
     page = _page(_run(tmp_path / "r", PRETRAIN, lines))
-    rows = _table(page, "First, best and last evaluation")
+    rows = table_of(page, "First, best and last evaluation")
     assert rows[0] == ["held out", "first, step\xa02", "best by loss, step\xa03", "last, step\xa04"]
     assert rows[1] == ["loss, nats per token", "3", "1.25", "2"]
     assert rows[2] == ["drafts accepted", "50.0 %", "–", "–"]
@@ -117,24 +101,72 @@ def test_learning_by_reward_is_told(tmp_path: Path) -> None:
     last = {"pass@1": 0.5, "thought_tokens": 9.0, "pass@1/level_2": 0.4, "pass@1/level_10": 0.6, "pass@1/budget_8": 0.1}
     lines = [_evaluation(0, **first), _train(1, reward=0.5, accuracy=0.5, entropy=0.1), _evaluation(40, **last)]
     page = _page(_run(tmp_path / "r", LEARNS, lines))
-    assert _table(page, "Accuracy and length of thought") == [
+    assert table_of(page, "Accuracy and length of thought") == [
         ["step", "pass@1", "length of thought"], ["0", "25 %", "4"], ["40", "50 %", "9"],
     ]  # fmt: skip
-    levels = _table(page, "pass@1 by level of difficulty, at several steps")
+    levels = table_of(page, "pass@1 by level of difficulty, at several steps")
     assert levels == [["level", "step 0", "step 40"], ["2", "–", "40.0 %"], ["10", "–", "60.0 %"]]
     assert {"Before the first step", "Thoughts cut short", "Right answers", "Entropy"} <= set(_figures(page))
     assert "made to think: 75 %; made to guess: 12.5 %; left to itself: 25 %." in page
+
+
+def test_fine_tuning_is_told(tmp_path: Path) -> None:
+    """Its loss on what it learns and on held-out answers, what it learns from, and nothing that only text has."""
+    lines = [
+        _evaluation(0, loss=3.0),
+        _train(1, entropy=0.5, tokens_per_second=9.0, tokens=70),
+        _evaluation(2, loss=1.0),
+    ]
+    page = _page(_run(tmp_path / "r", CONVERSES, lines))
+    assert table_of(page, "Loss") == [["step", "training", "held out"], ["0", "", "3"], ["1", "7", ""], ["2", "", "1"]]
+    assert _figures(page) == ["Entropy", "Speed"]
+    assert "fine-tuning on conversations" in page
+    assert "a.jsonl, b.jsonl" in page
+    fields = {row[0]: row for row in table_of(page, "All fields")}
+    assert fields["train.epochs"][2] == "2"
+
+
+def test_a_data_factory_is_told(tmp_path: Path) -> None:
+    """The funnel of its candidates, the reasons, the levels; before it has written rows, it says so."""
+    run = _run(tmp_path / "r", DRAWS, [])
+    assert "Nothing has been written yet." in _page(run)
+    (run / "synth.json").write_text(json.dumps(COUNTS))
+    page = _page(run)
+    assert "40 drawn: 100 %; 20 right: 50 %; 10 kept: 25 %." in page
+    assert table_of(page, "Candidates by task and level")[1] == ["modular 1", "40", "20", "10", "25.0 %"]
+    fields = {row[0]: row[1] for row in table_of(page, "Fields changed from their defaults")}
+    assert fields["tasks"] == "name = modular; levels = 8"
+    assert write_report(run, tmp_path / "funnel.svg").read_text().startswith("<svg ")
+
+
+def test_what_was_measured_by_itself_is_told(tmp_path: Path) -> None:
+    """`evaluation.json` in a run's folder: a row for every budget, both curves, and what the model said, as text."""
+    run = _run(tmp_path / "a folder of another name", LEARNS, [_train(1, accuracy=0.5)])
+    assert "Measured on held-out problems" not in _page(run)
+    found = evaluation(3, MODULAR.replace(budgets=(0, 5)))
+    for said in found["measurements"][0]["transcripts"]:
+        said["thought"] = HOSTILE
+    (run / "evaluation.json").write_text(json.dumps(found))
+    page = _page(run)
+    rows = table_of(page, "Measured on held-out problems")
+    assert [row[1] for row in rows[1:]] == ["as many as it takes", "0", "5"]
+    assert rows[1][2:4] == ["8 × 4", "75.0 % (57.9–86.7)"]
+    assert {"More thought: modular", "More samples: modular"} <= set(_figures(page))
+    assert page.count('<div class="turn ') == 4
+    assert "&lt;/pre&gt;&lt;script&gt;alert(1)" in page
+    assert references(page) == []
+    assert write_report(run, tmp_path / "x.svg", figure="scaling").exists()
 
 
 def test_what_the_model_writes_is_only_text(tmp_path: Path) -> None:
     """Tags in samples and in the recipe do nothing, control characters are shown, and the page allows no script."""
     samples = f"## Step 1\n\n    <old>\n\n## Step 20\n\n    {HOSTILE}\n\n"
     page = _page(_run(tmp_path / "r", LEARNS.replace("runs/base", "<script>"), [], samples))
-    assert not {"script", "img", "old"} & set(_Outline(page).tags)
+    assert not {"script", "img", "old"} & set(Outline(page).tags)
     assert "&lt;/pre&gt;&lt;script&gt;alert(1)" in page
     assert "&amp;amp;␛[31m␀" in page
     assert "default-src 'none'" in page
-    assert not re.search(r"(src|href)=|url\(|@import", re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL))
+    assert references(page) == []
 
 
 def test_the_last_samples_are_shown(tmp_path: Path) -> None:
@@ -158,7 +190,7 @@ def test_gaps_and_strange_values_do_not_break_it(tmp_path: Path) -> None:
     lines = [_train(step, loss=value, grad_norm=None) for step, value in enumerate(strange, start=1)]
     lines += [_train(7, loss=1.5, skipped=True), _evaluation(7, loss=None)]
     page = _page(_run(tmp_path / "r", PRETRAIN, lines))
-    assert [row[1] for row in _table(page, "Loss")[1:]] == [""] * 6 + ["1.5"]
+    assert [row[1] for row in table_of(page, "Loss")[1:]] == [""] * 6 + ["1.5"]
     assert "Gradient" not in _figures(page)
     assert "1 steps" not in page
     assert "skipped, not finite" in page
@@ -177,7 +209,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 def test_a_long_run_is_thinned_to_means(tmp_path: Path) -> None:
     """A thousand steps become at most 240 points, each the mean of its steps, and the page says so."""
     page = _page(_run(tmp_path / "r", PRETRAIN, [_train(step, loss=float(step % 5)) for step in range(1, 1001)]))
-    rows = _table(page, "Loss")[1:]
+    rows = table_of(page, "Loss")[1:]
     assert len(rows) == 200
     assert rows[0] == ["5", "2"]
     assert "the mean of 5 steps" in page
@@ -186,13 +218,13 @@ def test_a_long_run_is_thinned_to_means(tmp_path: Path) -> None:
 def test_the_recipe_names_what_was_changed(tmp_path: Path) -> None:
     """What differs from the defaults comes first; a section's own default counts, and an unknown field is shown."""
     page = _page(_run(tmp_path / "r", LEARNS, []))
-    changed = {row[0] for row in _table(page, "Fields changed from their defaults")}
+    changed = {row[0] for row in table_of(page, "Fields changed from their defaults")}
     assert {"name", "model", "task.name", "train.steps"} <= changed
     assert not {"seed", "optimizer.lr", "optimizer.weight_decay"} & changed
-    assert {"optimizer.lr", "seed"} <= {row[0] for row in _table(page, "All fields")}
+    assert {"optimizer.lr", "seed"} <= {row[0] for row in table_of(page, "All fields")}
     assert "<code>modular</code>" in page
     assert "`" not in page
-    rows = {row[0]: row for row in _table(_page(_run(tmp_path / "p", PRETRAIN, [])), "All fields")}
+    rows = {row[0]: row for row in table_of(_page(_run(tmp_path / "p", PRETRAIN, [])), "All fields")}
     assert rows["optimizer.lr"] == ["optimizer.lr", "0.5", "0.00022", "Peak learning rate."]
     assert rows["from_another_version.what"][:2] == ["from_another_version.what", "ever"]
 

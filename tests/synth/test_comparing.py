@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fathom.errors import UserError
-from fathom.synth.decontamination import HeldOut, read_questions, refuse_contaminated
+from fathom.synth.decontamination import HeldOut, HeldOutSets, read_questions, refuse_contaminated
 from fathom.synth.duplicates import Duplicates
 from fathom.synth.words import units
 
@@ -107,10 +107,19 @@ def test_contaminated_rows_are_named(tmp_path: Path) -> None:
     file = tmp_path / "general.jsonl"
     file.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
     with pytest.raises(UserError) as refused:
-        refuse_contaminated([str(file)], HeldOut(["What is 2 + 3?", STORY], 0.5))
+        refuse_contaminated([str(file)], HeldOut(["What is 2 + 3?", STORY], 0.5), where="data.files")
     assert f"{file}:2, {file}:3" in str(refused.value)
     assert f"{file}:1" not in str(refused.value)
-    refuse_contaminated([str(file)], HeldOut(["What is 2 + 4?"], 0.5))
+    refuse_contaminated([str(file)], HeldOut(["What is 2 + 4?"], 0.5), where="data.files")
+
+
+def test_a_question_in_two_sets_is_still_told_apart() -> None:
+    """What is near to a question of one set is refused, whatever other sets hold: also the same question, reworded."""
+    near, other = f"{STORY} Please reply.", f"{STORY} Be brief."
+    assert HeldOut([STORY], 0.5).has(near)
+    assert not HeldOut([STORY, other], 0.5).has(near)
+    assert HeldOutSets([[STORY], [other]], 0.5).has(near)
+    assert not HeldOutSets([["What is 2 + 3?"], []], 0.5).has(near)
 
 
 def test_held_out_files_are_read_in_their_forms(tmp_path: Path) -> None:

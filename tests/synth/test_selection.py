@@ -8,7 +8,7 @@ import pytest
 from fathom.config.rewards import Layout
 from fathom.config.synth import SynthRecipe
 from fathom.synth.candidates import Candidate, Solved
-from fathom.synth.decontamination import HeldOut
+from fathom.synth.decontamination import HeldOutSets
 from fathom.synth.selection import Reader, Selection
 from fathom.tasks.task import Problem, Verdict
 
@@ -26,7 +26,7 @@ def chosen(**filters: Any) -> tuple[list[str], dict[str, int]]:
     """The thoughts that are written of two problems with the same candidates each, and why the others are not."""
     recipe = SynthRecipe(name="x", source="worked", tasks=({"name": "modular"},), filters={"language": 0.0} | filters)
     reader = Reader(Layout(form="rest"), starts_thinking=False, instruction="", source="worked")
-    selection = Selection(recipe, reader, HeldOut([], 0.5))
+    selection = Selection(recipe, reader, HeldOutSets([], 0.5))
     solved = []
     for question in ("3+8=", "4+7="):
         candidates = tuple(

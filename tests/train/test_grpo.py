@@ -44,7 +44,7 @@ def _two_completions(*ratios: float) -> tuple[Tensor, PolicyBatch]:
     old = torch.full((len(ratios),), math.log(0.5), dtype=torch.float64)
     owner = torch.tensor([0, 0] + [1] * (len(ratios) - 2))
     logprobs = (old + _tensor(*ratios).log()).requires_grad_()
-    return logprobs, PolicyBatch(owner, _tensor(2.0, -1.0), torch.ones(2), old)
+    return logprobs, PolicyBatch(owner, _tensor(2.0, -1.0)[owner], torch.ones(2), old)
 
 
 def _random_batch(settings: PolicyLoss, seed: int = 0) -> tuple[Tensor, PolicyBatch]:
@@ -59,7 +59,8 @@ def _random_batch(settings: PolicyLoss, seed: int = 0) -> tuple[Tensor, PolicyBa
     old = near(_tensor(-2.0).expand(len(owner)), 0.5)
     truncated = torch.tensor([False, False, False, True, False])
     weights = completion_weights(lengths, settings, max_tokens=8, truncated=truncated)
-    batch = PolicyBatch(owner, _tensor(1.0, -0.5, 0.3, -1.2, 0.7), weights, old, near(old, 0.3), near(old, 0.2), -old)
+    advantages = _tensor(1.0, -0.5, 0.3, -1.2, 0.7)[owner]
+    batch = PolicyBatch(owner, advantages, weights, old, near(old, 0.3), near(old, 0.2), -old)
     return near(old, 0.2).requires_grad_(), batch
 
 
@@ -228,7 +229,7 @@ def test_first_step_is_plain_policy_gradient(settings: PolicyLoss) -> None:
     logprobs, batch = _random_batch(settings)
     same = replace(batch, old_logprobs=logprobs, reference_logprobs=logprobs, sampler_logprobs=logprobs)
     _, gradient = _loss_and_gradient(logprobs, same, settings)
-    expected = torch.where(batch.owner >= 0, -(batch.weights * batch.advantages)[batch.owner], 0.0)
+    expected = torch.where(batch.owner >= 0, -batch.weights[batch.owner] * batch.advantages, 0.0)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -249,7 +250,7 @@ def test_cispo_gradient_is_the_limited_ratio_times_advantage(ratio: str) -> None
     for token, owner in enumerate(batch.owner.tolist()):
         mates = batch.owner == owner if ratio == "sequence" else torch.arange(len(batch.owner)) == token
         weight = (logprobs.detach() - batch.old_logprobs)[mates].mean().exp().clamp(max=1.2)
-        expected = -batch.weights[owner] * weight * batch.advantages[owner] if owner >= 0 else 0.0
+        expected = -batch.weights[owner] * weight * batch.advantages[token] if owner >= 0 else 0.0
         assert gradient[token].item() == pytest.approx(float(expected))
 
 
@@ -258,8 +259,9 @@ def test_gspo_equals_its_formula() -> None:
     settings = gspo().replace(clip_low=0.1, clip_high=0.1)
     logprobs, batch = _random_batch(settings)
     total = 0.0
-    for i, advantage in enumerate(batch.advantages):
+    for i in range(5):
         tokens = batch.owner == i
+        advantage = batch.advantages[tokens][0]
         new, old = logprobs[tokens].exp().prod(), batch.old_logprobs[tokens].exp().prod()
         s = (new / old) ** (1 / tokens.sum())
         total = total - torch.minimum(s * advantage, s.clamp(0.9, 1.1) * advantage) / 5
@@ -412,9 +414,8 @@ def _recorded_batch(settings: PolicyLoss) -> tuple[Tensor, PolicyBatch]:
     truncated = torch.isin(completions, torch.tensor([0, 4]))
     weights = completion_weights(lengths, settings, max_tokens=RECORDED["max_tokens"], truncated=truncated)
     names = ("old_logprobs", "reference_logprobs", "sampler_logprobs")
-    batch = PolicyBatch(
-        completions.repeat_interleave(lengths), advantages, weights, *(_tensor(*RECORDED[name]) for name in names)
-    )
+    owner = completions.repeat_interleave(lengths)
+    batch = PolicyBatch(owner, advantages[owner], weights, *(_tensor(*RECORDED[name]) for name in names))
     return _tensor(*RECORDED["logprobs"]).requires_grad_(), batch
 
 
@@ -438,7 +439,7 @@ def test_loss_and_gradient_equal_trls(name: str) -> None:
     recorded, settings = RECORDED["cases"][name], LIKE_TRL[name]
     logprobs, batch = _recorded_batch(settings)
     loss, gradient = _loss_and_gradient(logprobs, batch, settings)
-    assert batch.advantages.tolist() == pytest.approx(recorded["advantages"], abs=1e-6)
+    assert batch.advantages.tolist() == pytest.approx([recorded["advantages"][i] for i in batch.owner], abs=1e-6)
     assert loss.item() == pytest.approx(recorded["loss"], abs=1e-6)
     assert gradient.tolist() == pytest.approx(recorded["gradient"], abs=1e-6)
     if settings.ratio == "token":

@@ -25,6 +25,7 @@ from fathom.train import learner, rl_evaluate
 from fathom.train.metrics import read_metrics
 from fathom.train.rl import train_rl
 from fathom.train.run import RunResult
+from fathom.train.state import read_checkpoint
 from tests.train.tiny import MODEL
 
 TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
@@ -216,7 +217,7 @@ def test_the_update_does_not_depend_on_how_rows_are_packed(recipe: RLRecipe, los
     first, second = (next(line for line in lines(result) if line["kind"] == "train") for result in results)
     for name in ("loss", "grad_norm", "kl_sampler", "entropy"):
         assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6)
-    one, other = (module.read_checkpoint(result.checkpoint).model.state_dict() for result in results)
+    one, other = (read_checkpoint(result.checkpoint).model.state_dict() for result in results)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5, msg=name)
 
@@ -264,7 +265,7 @@ def test_a_step_that_is_no_number_changes_nothing(
         run(changed(recipe, {"train": {"max_bad_steps": 2}, "eval": {"probe": False}}), tmp_path)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     before = module.load(recipe.model, dtype="float32")[0].state_dict()
-    after = module.read_checkpoint(folder).model.state_dict()
+    after = read_checkpoint(folder).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -403,10 +404,10 @@ def test_a_reference_wanted_later_is_taken_then(
     monkeypatch.undo()
     stop_after(monkeypatch, 1)
     result, _ = run(changed(recipe, {"loss": {"kl": 0.1}}), tmp_path, resume=True, accept_changes=True)
-    assert module.read_checkpoint(result.checkpoint).reference is not None
+    assert read_checkpoint(result.checkpoint).reference is not None
     monkeypatch.undo()
     result, _ = run(recipe, tmp_path, resume=True, accept_changes=True)
-    assert module.read_checkpoint(result.checkpoint).reference is None
+    assert read_checkpoint(result.checkpoint).reference is None
 
 
 def test_weights_that_are_no_numbers_replace_no_checkpoint(recipe: RLRecipe, tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_weights_that_are_no_numbers_replace_no_checkpoint(recipe: RLRecipe, tmp
     with pytest.raises(UserError, match="no longer numbers"):
         run(changed(recipe, {"optimizer": {"lr": 1e38}, "checkpoint": {"every": 1}}), tmp_path)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
-        assert all(t.isfinite().all() for t in module.read_checkpoint(folder).model.state_dict().values())
+        assert all(t.isfinite().all() for t in read_checkpoint(folder).model.state_dict().values())
 
 
 def test_one_bad_mini_batch_costs_no_other(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +430,7 @@ def test_one_bad_mini_batch_costs_no_other(recipe: RLRecipe, tmp_path: Path, mon
     changes = {"train": {"mini_batches": 2, "steps": 1, "rows": 10_000}, "eval": {"probe": False}}
     result, _ = run(changed(recipe, changes), tmp_path)
     before = module.load(recipe.model, dtype="float32")[0].state_dict()
-    after = module.read_checkpoint(result.checkpoint).model.state_dict()
+    after = read_checkpoint(result.checkpoint).model.state_dict()
     assert all(t.isfinite().all() for t in after.values())
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
@@ -449,13 +450,15 @@ def test_whatever_ends_a_run_costs_no_step(recipe: RLRecipe, tmp_path: Path, mon
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
 
 
-def test_an_overwritten_run_leaves_no_best_model(recipe: RLRecipe, tmp_path: Path) -> None:
-    """What an earlier run of the name found best is gone with it."""
-    old = tmp_path / "run" / "best" / "step_00000009"
+def test_an_overwritten_run_leaves_nothing_of_its_models(recipe: RLRecipe, tmp_path: Path) -> None:
+    """What an earlier run of the name found best is gone with it, and what was measured of it."""
+    old, measured = tmp_path / "run" / "best" / "step_00000009", tmp_path / "run" / "evaluation.json"
     run(changed(recipe, {"train": {"steps": 1}}), tmp_path)
     old.mkdir(parents=True)
+    measured.write_text("{}")
     run(changed(recipe, {"train": {"steps": 1}}), tmp_path, overwrite=True)
     assert not old.exists()
+    assert not measured.exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import fathom.train.rl as module
 from fathom.config.rl import RLRecipe
 from fathom.train import rl_evaluate
+from fathom.train.state import read_checkpoint
 from tests.train import test_rl
 from tests.train.test_rl import changed, lines, run, stop_after
 
@@ -52,7 +53,7 @@ def test_equal_rewards_teach_nothing_and_are_measured_all_the_same(
     result, said = run(changed(recipe, {"task": task, "rollout": {"resample": resample}}), tmp_path / "runs")
     assert "all rewards of every group are equal" in said
     before = module.load(recipe.model, dtype="float32")[0].state_dict()
-    after = module.read_checkpoint(result.checkpoint).model.state_dict()
+    after = read_checkpoint(result.checkpoint).model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     train = [line for line in lines(result) if line["kind"] == "train"]
     assert len(train) == 4

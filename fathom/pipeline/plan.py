@@ -1,0 +1,138 @@
+"""What a pipeline comes to before anything is made: every stage's recipe and measurement, and where each stands."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fathom.config.evaluation import EvaluationSettings
+from fathom.config.pipeline import ModelRecipe, Pipeline
+from fathom.config.recipe import Recipe, read_recipe
+from fathom.config.sft import SFTRecipe
+from fathom.config.synth import DecontaminationSection, SynthRecipe
+from fathom.errors import UserError
+from fathom.evaluate.evaluate import held_out
+from fathom.pipeline.state import StageState, read_state
+from fathom.synth.decontamination import HeldOut, refuse_contaminated
+from fathom.synth.plan import resolved
+from fathom.train.run import RunFolder, changed_fields, model_folder
+
+_INERT = ("checkpoint", "eval")
+"""Sections of a recipe that do not change what its run ends with."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Equal for stages that hand on the same."""
+
+    whole: str
+    """Of a stage's recipe, and those of all that it builds on."""
+    below: str
+    """Of the latter alone."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pipeline, read and looked over."""
+
+    pipeline: Pipeline
+    folder: Path
+    recipes: dict[str, Recipe]
+    """By stage."""
+    settings: dict[str, EvaluationSettings]
+    """By stage, of those that yield a model."""
+    questions: tuple[str, ...]
+    """All held-out problems that anything is measured with."""
+    fingerprints: dict[str, Fingerprint]
+    """By stage."""
+    before: dict[str, StageState]
+    """What earlier sessions have begun and finished."""
+    stale: tuple[str, ...]
+    """Stages of these that cannot be gone on with: made by another recipe, or on another stage."""
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Stages that are not to be made again."""
+        return tuple(name for name, state in self.before.items() if state.finished and name not in self.stale)
+
+    def refuse_contaminated(self, files: Sequence[str]) -> None:
+        """Raises `UserError` that names the rows of `files`, which are to be learnt, that ask a held-out question."""
+        held_out = HeldOut(self.questions, DecontaminationSection().overlap)
+        refuse_contaminated(files, held_out, where="data.files")
+
+
+def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path) -> Plan:
+    """Read everything that the stages of `pipeline` will, but for what they make themselves: a mistake in the last
+    should not cost an hour. Raises `UserError`; changes nothing."""
+    folder = runs / pipeline.name
+    recipes = pipeline.recipes(folder, beside)
+    settings = {
+        stage.name: pipeline.settings(stage, recipes[stage.name]) for stage in pipeline.stages if stage.yields_model
+    }
+    if RunFolder(folder).recipe.exists():
+        raise UserError(f"{folder}: is a single run, not a pipeline's; give the pipeline another --name")
+    questions, fingerprints, before = _questions(settings), _fingerprints(pipeline, recipes), read_state(folder)
+    stale = tuple(
+        name
+        for name, own in fingerprints.items()
+        if name in before
+        and before[name].fingerprint != own.whole
+        and not _can_go_on(folder / name, recipes[name], before[name], own)
+    )
+    return Plan(pipeline, folder, recipes, settings, questions, fingerprints, before, stale)
+
+
+def require_what_is_elsewhere(plan: Plan) -> None:
+    """Fetch models and look over rows that stages take from outside the pipeline. Raises `UserError` where one is not
+    to be had, or not to be learnt."""
+    for stage in plan.pipeline.stages:
+        recipe = plan.recipes[stage.name]
+        if stage.name in plan.finished:
+            continue
+        try:
+            if isinstance(recipe, ModelRecipe) and not stage.references:
+                model_folder(recipe.model)
+            elif isinstance(recipe, SFTRecipe):
+                plan.refuse_contaminated([f for f in recipe.data.files if not Path(f).is_relative_to(plan.folder)])
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def _can_go_on(run: Path, recipe: Recipe, before: StageState, now: Fingerprint) -> bool:
+    """Whether a begun stage, whose recipe has changed, may be resumed: nothing changed that entered what was made."""
+    if before.finished or before.below != now.below:
+        return False
+    if not (file := RunFolder(run).recipe).exists():
+        return True
+    try:
+        as_run = resolved(recipe) if isinstance(recipe, SynthRecipe) else recipe
+        return not changed_fields(read_recipe(file, [], type(recipe)), as_run)
+    except UserError:
+        return False
+
+
+def _questions(settings: Mapping[str, EvaluationSettings]) -> tuple[str, ...]:
+    """Of all measurements, each once."""
+    different = {(own.tasks, own.levels, own.problems, own.seed): own for own in settings.values()}
+    found = [problems for own in different.values() for problems in held_out(own).values()]
+    return tuple(dict.fromkeys(problem.question for problems in found for problem in problems))
+
+
+def _fingerprints(pipeline: Pipeline, recipes: Mapping[str, Recipe]) -> dict[str, Fingerprint]:
+    found: dict[str, Fingerprint] = {}
+    for stage in pipeline.stages:
+        # More counts than when a run is resumed by itself: what a stage hands on depends on how many steps it makes,
+        # and on the factory's filters.
+        recipe = recipes[stage.name]
+        inert = (*_INERT, "seed") if isinstance(recipe, ModelRecipe) else _INERT
+        fields = {key: own for key, own in recipe.model_dump().items() if key not in inert}
+        below = [found[name].whole for name in sorted(stage.references)]
+        found[stage.name] = Fingerprint(_digest([fields, below]), _digest(below))
+    return found
+
+
+def _digest(values: list[Any]) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

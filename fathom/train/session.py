@@ -1,0 +1,124 @@
+"""What every kind of training begins with: its run's folder, what it goes on from, and a model that is to change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from fathom.config.recipe import PretrainRecipe
+from fathom.config.rl import RLRecipe
+from fathom.config.sft import SFTRecipe
+from fathom.data.tokenizer import Tokenizer
+from fathom.errors import UserError
+from fathom.model.checkpoint import load
+from fathom.model.transformer import Transformer
+from fathom.train.display import Display
+from fathom.train.machine import device, use_bf16
+from fathom.train.optimizers import Optimizer, build_optimizer
+from fathom.train.run import RunFolder, find_checkpoint, model_folder, run_folder
+from fathom.train.signals import sigterm_interrupts
+from fathom.train.state import Contents, Progress, State, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run whose folder is held."""
+
+    run: RunFolder
+    checkpoint: Path | None
+    """Where it goes on from."""
+    console: Console
+    told: Display
+    """For what is said before the steps have a display of their own."""
+
+
+@contextmanager
+def training_session(
+    recipe: PretrainRecipe | SFTRecipe | RLRecipe,
+    runs: Path,
+    console: Console | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    accept_changes: bool,
+) -> Iterator[Session]:
+    """Hold the folder `runs/<recipe.name>`, and find what the run goes on from; nothing is written yet. SIGTERM is
+    Ctrl-C meanwhile. Raises `UserError`."""
+    console = console or Console(stderr=True)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    told = Display(console, total=1, done=0)
+    with sigterm_interrupts(), run_folder(runs / recipe.name) as run:
+        how = {"resume": resume, "overwrite": overwrite, "accept_changes": accept_changes}
+        yield Session(run, find_checkpoint(run, recipe, say=told.say, **how), console, told)
+
+
+@dataclass
+class Trainee:
+    """A model that goes on learning, and everything that a step reads and changes."""
+
+    recipe: SFTRecipe | RLRecipe
+    model: Transformer
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    progress: Progress
+    reference: Transformer | None = None
+    """The policy that a KL term keeps near to."""
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this moment holds."""
+        return Contents(
+            config=self.model.config,
+            weights=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            ema=None,
+            progress=self.progress,
+            recipe=self.recipe,
+            tokenizer=self.tokenizer,
+            reference=None if self.reference is None else self.reference.state_dict(),
+        )
+
+
+Kind = TypeVar("Kind", bound=Trainee)
+
+
+def open_trainee(kind: type[Kind], recipe: SFTRecipe | RLRecipe, checkpoint: Path | None, *, unable: str) -> Kind:
+    """The recipe's model at a run's beginning, or as `checkpoint` left it. Raises `UserError`, with what it is `unable`
+    to where it has no tokenizer."""
+    if checkpoint is None:
+        model, tokenizer = load(model_folder(recipe.model), dtype="float32")
+        progress, optimizer_state, reference_state = Progress(), None, None
+    else:
+        resumed = read_checkpoint(checkpoint)
+        model, progress = resumed.model, resumed.progress
+        optimizer_state, reference_state = resumed.optimizer, resumed.reference
+        tokenizer = Tokenizer.from_folder(checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{recipe.model}: has no tokenizer, without which {unable}")
+    model = model.to(device())
+    model.compute_dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
+    # A multi-token-prediction module takes no part in the loss: it drafts for the engine, and stays as it is.
+    for module in model.mtp:
+        module.requires_grad_(False)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    reference = None
+    if reference_state is not None:
+        reference = frozen_copy(model)
+        reference.load_state_dict(reference_state)
+    return kind(recipe, model, tokenizer, optimizer, progress, reference)
+
+
+def frozen_copy(model: Transformer) -> Transformer:
+    """The same numbers in tensors of their own, not to be trained."""
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    state: State = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(state, assign=True)
+    copy.compute_dtype = model.compute_dtype
+    return copy.requires_grad_(False)
