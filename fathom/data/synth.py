@@ -1,6 +1,7 @@
 """Synthetic text: a task's problems with their answers, some of them with the thoughts that lead there.
 
     3+8*7-5=<think>3+8=1;1*7=7;7-5=2</think>2          a share `thinking` of the documents
+    3+8=1;1*7=7;7-5=2                                  a share `steps`
     3+8*7-5=2                                          the others
 
 So a model trained on it can reason, and does not always: what reinforcement learning then has to find out is that
@@ -10,8 +11,9 @@ before it is written.
 
 import random
 from collections.abc import Iterator, Mapping
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fathom.config.recipe import Share
 from fathom.config.section import Section
@@ -28,8 +30,16 @@ class SyntheticSettings(Section):
     """How many; equal ones count."""
     thinking: Share = 0.5
     """Share of documents with thoughts."""
+    steps: Share = 0.0
+    """Share of documents that are thoughts alone, as a textbook has them: they teach steps, and not when to think."""
     seed: int = 1
     """Seed of problems and thoughts."""
+
+    @model_validator(mode="after")
+    def _leaves_no_more_than_all(self) -> Self:
+        if self.thinking + self.steps > 1:
+            raise ValueError(f"thinking = {self.thinking} and steps = {self.steps} are more than all documents")
+        return self
 
 
 class WorkedProblems:
@@ -60,13 +70,17 @@ class WorkedProblems:
             problem = next(source.choice(problems))
             if judge(task, problem, problem.answer).score < 1:
                 raise UserError(f"task {task.called}: its check refuses its own answer to {problem.question!r}")
-            yield _document(task, problem, source, thinking=settings.thinking), f"task:{task.called}"
+            yield _document(task, problem, source, settings), f"task:{task.called}"
 
 
-def _document(task: Task, problem: Problem, source: random.Random, *, thinking: float) -> str:
-    if source.random() >= thinking:
+def _document(task: Task, problem: Problem, source: random.Random, settings: SyntheticSettings) -> str:
+    kind = source.random()
+    if kind >= settings.thinking + settings.steps:
         return problem.question + problem.answer
-    return f"{problem.question}<think>{task.solution(problem, source)}</think>{problem.answer}"
+    steps = task.solution(problem, source)
+    if kind >= settings.thinking:
+        return steps or problem.question
+    return f"{problem.question}<think>{steps}</think>{problem.answer}"
 
 
 def _spelt(name: str, options: Mapping[str, str]) -> str:

@@ -39,6 +39,15 @@ def test_the_asked_share_thinks(share: float, low: float, high: float) -> None:
     assert low <= sum("<think>" in text for text in found) / len(found) <= high
 
 
+def test_the_asked_share_is_steps_alone() -> None:
+    """That share of documents has steps without a question or an answer, and thoughts keep their share."""
+    found = texts("task:modular?documents=2000&thinking=0.25&steps=0.4")
+    alone = [text for text in found if "<think>" not in text and ";" in text]
+    assert 0.3 <= len(alone) / len(found) <= 0.4  # chains of one step have no semicolon
+    assert all("<" not in text and not text.endswith("=") for text in alone)
+    assert 0.2 <= sum("<think>" in text for text in found) / len(found) <= 0.3
+
+
 def test_the_same_source_gives_the_same_text() -> None:
     """Twice the same documents, others with another seed."""
     assert texts("task:arithmetic?documents=50") == texts("task:arithmetic?documents=50")
@@ -68,6 +77,7 @@ def test_think_tags_become_tokens_in_synthetic_text_alone(tmp_path: Path) -> Non
         ("task:modular?document=3", "document"),
         ("task:modular?levels=99", "levels"),
         ("task:modular?thinking=2", "thinking"),
+        ("task:modular?thinking=0.6&steps=0.5", "more than all documents"),
         ("task:programs", "solution"),
     ],
 )
