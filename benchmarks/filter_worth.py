@@ -24,8 +24,10 @@ from fathom.config.pipeline import Pipeline, StageSection
 from fathom.config.rewards import Layout
 from fathom.config.rl import PromptSection
 from fathom.config.synth import RewriteSection, SynthRecipe
+from fathom.evaluate.evaluate import held_out
 from fathom.pipeline.run import run_pipeline
 from fathom.synth.candidates import DrawnFile
+from fathom.synth.decontamination import HeldOut
 from fathom.synth.factory import synthesize
 from fathom.synth.plan import open_tasks, plan_problems
 from fathom.synth.rows import make_row
@@ -35,6 +37,16 @@ QUIET = Console(quiet=True)
 TASKS = ({"name": "modular?levels=8", "levels": 8}, {"name": "bilingual?levels=3&numbers=small", "levels": 3})
 KINDS = ("unfiltered", "right", "right-and-consistent")
 CONSISTENT = 0.9
+MEASURED = EvaluationSettings(
+    tasks=tuple(task["name"] for task in TASKS),
+    problems=256,
+    samples=4,
+    temperature=1.0,
+    top_p=1.0,
+    max_tokens=128,
+    prompt=PromptSection(style="chat", opens_thought=True),
+    layout=Layout(form="rest", thoughts="optional"),
+)
 
 
 def draw(base: str, problems: int, seed: int) -> dict[str, list[dict[str, Any]]]:
@@ -45,22 +57,23 @@ def draw(base: str, problems: int, seed: int) -> dict[str, list[dict[str, Any]]]
         SynthRecipe,
     ).replace(
         tasks=TASKS,
-        prompt={"style": "template", "template": "{question}<think>"},
+        prompt={"style": "template", "template": "{question}", "opens_thought": True},
         layout={"form": "rest", "thoughts": "optional"},
     )
     recipe = recipe.replace(draw={**recipe.draw.model_dump(), "samples": 1})
     folder = synthesize(recipe, overwrite=True, console=QUIET).folder
     assert recipe.layout is not None
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    questions = [problem.question for problems in held_out(MEASURED).values() for problem in problems]
+    near = HeldOut(questions, recipe.decontamination.overlap)
     planned = plan_problems(recipe, open_tasks(recipe), lambda _: None)
     for (task, problem), solved in zip(planned, DrawnFile(folder / "drawn.jsonl"), strict=True):
         (candidate,) = solved.candidates
         reading = candidate.reading(recipe.layout, starts_thinking=True)
-        if not candidate.finished or reading.answer is None:
+        if not candidate.finished or reading.answer is None or near.has(problem.question):
             continue
-        row = make_row(
-            problem, candidate, reading, task=task, source=base, instruction="", rewrite=RewriteSection()
-        )  # fmt: skip
+        how = {"task": task, "source": base, "instruction": "", "rewrite": RewriteSection()}
+        row = make_row(problem, candidate, reading, **how)
         share = language.share(reading.thought, problem.language)
         kinds = (True, candidate.right, candidate.right and (share is None or share >= CONSISTENT))
         for kind, belongs in zip(KINDS, kinds, strict=True):
@@ -88,13 +101,9 @@ def run(base: str, problems: int, seed: int) -> dict[str, Any]:
     pipeline = Pipeline(
         name=f"filter-worth-{seed}",
         seed=seed,
-        evaluation=EvaluationSettings(
-            tasks=tuple(task["name"] for task in TASKS), problems=256, samples=4, temperature=1.0, top_p=1.0,
-            max_tokens=128, prompt=PromptSection(style="chat", opens_thought=True),
-            layout=Layout(form="rest", thoughts="optional"),
-        ),
+        evaluation=MEASURED,
         stages=tuple(stages),
-    )  # fmt: skip
+    )
     found = run_pipeline(pipeline, Path("recipes"), console=QUIET, redo=True)
     right = sum(row["score"] >= 1 for row in rows["unfiltered"]) / len(rows["unfiltered"])
     values: dict[str, Any] = {"rows": len(rows["right"]), "right of the unfiltered": right}

@@ -11,7 +11,6 @@ from fathom.config.pipeline import read_pipeline
 from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.model.accounting import count_parameters
 from fathom.pipeline.run import remove_pipeline, run_pipeline
-from fathom.pipeline.table import short_names
 from fathom.recipe_verbs import add_report
 from fathom.report.command import fathom_command
 from fathom.report.cost import money
@@ -96,7 +95,6 @@ def _shown(story: Story) -> list[Stage]:
 
 def _result(story: Story, stage: Stage) -> str:
     found = [free for task in story.tasks if (free := stage.free(task)) is not None]
-    short = short_names(story.tasks)
-    scores = ", ".join(f"{short[free['task']]} {free['pass@k']['1']['value']:.3f}" for free in found)
+    scores = ", ".join(f"{story.task_names[free['task']]} {free['pass@k']['1']['value']:.3f}" for free in found)
     size = "" if stage.config is None else f"; {count(count_parameters(stage.config).total)} parameters"
     return f"pass@1 {scores} ({story.told(stage)}{size})"

@@ -1,20 +1,13 @@
 """The table of stages, as DeepSeek-R1's paper has one (arXiv 2501.12948v2, table 3): what each of them gained."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fathom.pipeline.state import StageState
-
-
-def short_names(tasks: Iterable[str]) -> dict[str, str]:
-    """What each task is called in a table: without its options, where that tells it apart."""
-    bare = {task: task.partition("?")[0] for task in tasks}
-    often = Counter(bare.values())
-    return {task: name if often[name] == 1 else task for task, name in bare.items()}
+from fathom.tasks.options import short_names
 
 
 def result_of(stage: StageState) -> str:

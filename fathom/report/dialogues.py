@@ -67,8 +67,9 @@ def correction_of(kept: Mapping[str, Any]) -> Correction:
 def _of_task(story: Story, task: str) -> list[Dialogue]:
     said = [(stage, found) for stage in story.cast if (found := _transcripts(stage, task))]
     questions = said[0][1] if said else {}
+    called = story.task_names[task]
     return [
-        Dialogue(task, first["level"], question, tuple(_turn(stage, found[question]) for stage, found in said))
+        Dialogue(called, first["level"], question, tuple(_turn(stage, found[question]) for stage, found in said))
         for question, first in questions.items()
         if all(question in found for _, found in said)
     ]

@@ -78,7 +78,7 @@ def stage_table(story: Story) -> Rows:
     """As in table 3 of DeepSeek-R1's paper (arXiv 2501.12948v2): what each stage gained, and in what time."""
     tasks = story.tasks
     mixed = any(_language(stage) not in (None, 1.0) for stage in story.measured)
-    rows = [["stage", "what it is", *(f"{task}, pass@1" for task in tasks), "tokens of thought",
+    rows = [["stage", "what it is", *(f"{story.task_names[task]}, pass@1" for task in tasks), "tokens of thought",
              *(["language kept"] if mixed else []), "minutes"]]  # fmt: skip
     for stage in story.stages:
         shares = [share_of(stage.free(task)) for task in tasks]
@@ -107,7 +107,7 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
     if final := story.final:
         for task in story.tasks:
             if (found := share_of(final.free(task))) is not None:
-                yield f"{final.name} on {task}", found.write()
+                yield f"{final.name} on {story.task_names[task]}", found.write()
     costs = [cost for stage in story.stages if (cost := cost_of(stage)) is not None]
     seconds = sum(cost.seconds for cost in costs)
     yield "time", duration(seconds)
@@ -115,7 +115,7 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
     if joules := sum(cost.joules or 0 for cost in costs):
         yield "energy", quantity(joules, "J")
     settings = story.pipeline.evaluation
-    yield "measured with", f"{plural(settings.problems, 'held-out problem')} of each task"
+    yield "measured with", f"{plural(settings.problems, 'held-out problem')} of each of {', '.join(settings.tasks)}"
 
 
 def _chapter(story: Story, stage: Stage) -> Chapter:
@@ -155,7 +155,7 @@ def _told(story: Story, stage: Stage) -> Iterator[tuple[str, str]]:
         yield "time", duration(cost.seconds)
     for task in story.tasks:
         if (found := share_of(stage.free(task))) is not None:
-            yield f"pass@1 on {task}", found.write()
+            yield f"pass@1 on {story.task_names[task]}", found.write()
 
 
 def _named(figure: Figure, stage: Stage) -> Figure:
@@ -176,7 +176,8 @@ def _comparisons(story: Story) -> Iterator[Comparison]:
         figure = gains(story, shown, numbered("distillation", number), f"Ways to teach {origin}")
         if figure is None:
             continue
-        rows = [["model", "how", "parameters", *story.tasks, "tokens of thought", "minutes, lessons included"]]
+        tasks = story.task_names.values()
+        rows = [["model", "how", "parameters", *tasks, "tokens of thought", "minutes, lessons included"]]
         for stage in shown:
             parameters = "" if stage.config is None else count(count_parameters(stage.config).total)
             shares = [share_of(stage.free(task)) for task in story.tasks]

@@ -27,7 +27,7 @@ def gains(story: Story, stages: Sequence[Stage], name: str, title: str) -> Bars 
         name,
         title,
         tuple((stage.name, tuple(share_of(stage.free(task)) for task in tasks)) for stage in shown),
-        tuple(tasks),
+        tuple(story.task_names[task] for task in tasks),
     )
 
 
@@ -39,7 +39,7 @@ def thinking_curves(story: Story) -> Iterator[Figure]:
             free = cut[0][0].free(task) if len(cut) == 1 else None
             yield _figure(
                 numbered("scaling", number),
-                f"More thought: {task}",
+                f"More thought: {story.task_names[task]}",
                 "Share of held-out problems solved where the thought is cut off after so many tokens.",
                 [_series(stage.name, found) for stage, found in cut[-COLOURS:]],
                 "tokens of thought at most",
@@ -49,7 +49,7 @@ def thinking_curves(story: Story) -> Iterator[Figure]:
         if voted:
             yield _figure(
                 numbered("consensus", number),
-                f"More samples: {task}",
+                f"More samples: {story.task_names[task]}",
                 "Share of held-out problems whose right answer has the most votes among so many samples.",
                 [_series(stage.name, found) for stage, found in voted[-COLOURS:]],
                 "samples that vote",

@@ -17,6 +17,7 @@ from fathom.config.pipeline import Pipeline, StageSection, read_pipeline
 from fathom.errors import UserError
 from fathom.pipeline.state import RECIPE, StageState, read_state
 from fathom.report.run_data import Run
+from fathom.tasks.options import short_names
 from fathom.train.run import newest_model
 
 
@@ -122,6 +123,11 @@ class Story:
     def tasks(self) -> list[str]:
         """All that were measured."""
         return list(dict.fromkeys(found["task"] for stage in self.stages for found in stage.measurements))
+
+    @cached_property
+    def task_names(self) -> Mapping[str, str]:
+        """What each task is called on the page."""
+        return short_names(self.tasks)
 
     @cached_property
     def _by_name(self) -> Mapping[str, Stage]:

@@ -3,7 +3,8 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from fathom.errors import UserError, nearest
@@ -21,6 +22,13 @@ def split_name(text: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"task {text}: '{key}' is given twice")
         options[key] = value
     return name, options
+
+
+def short_names(tasks: Iterable[str]) -> dict[str, str]:
+    """What each task is called in tables and figures: without its options, where that tells it apart."""
+    bare = {task: task.partition("?")[0] for task in tasks}
+    often = Counter(bare.values())
+    return {task: name if often[name] == 1 else task for task, name in bare.items()}
 
 
 def construct(make: Callable[..., Any], options: Mapping[str, str], *, where: str) -> Any:

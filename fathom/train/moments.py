@@ -5,6 +5,7 @@ printed it (arXiv 2501.12948, table 3). Here the first one is kept as it was dra
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from fathom.train.honesty import reflections_in
 from fathom.train.rollout import Group
 from fathom.train.run import RunFolder, replace_text
 
+_WORD = re.compile(r"[^\W_]+")
 FILE = "first_correction.json"
 """In a run's folder, where there was one."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A right completion whose thought stops at a word of doubt and goes on."""
+    """A right completion whose thought stops at a word of doubt and then says something else."""
 
     step: int
     """In which it was drawn; the first is 1."""
@@ -63,9 +65,13 @@ class CorrectionLog:
 
 
 def _corrects(thought: str, words: Sequence[str]) -> str:
-    """The first of `words` behind which the thought goes on; empty where there is none."""
-    said = [place for place, character in enumerate(thought.lower()) if character.isalnum()]
-    return next((found[0] for found in reflections_in(thought, words) if said and found.end() <= said[-1]), "")
+    """The first of `words` between two that differ: in `5!5` nothing is taken back. Empty where there is none."""
+    lowered = thought.lower()
+    for found in reflections_in(thought, words):
+        before, after = _WORD.findall(lowered[: found.start()]), _WORD.search(lowered, found.end())
+        if before and after and before[-1] != after[0]:
+            return found[0]
+    return ""
 
 
 def _read(file: Path) -> int | None:

@@ -35,14 +35,17 @@ def _group(question: str, *completions: tuple[str, float]) -> Group:
         (RIGHT, "wait"),
         ("<think>8*2=8!6</think>6", "!"),
         ("<think>三加三，不对，是六</think>6", "不对"),
+        ("<think>8*2=6!6</think>6", None),
+        ("<think>2*8=6!6;6+1=8!7</think>7", "!"),
+        ("<think>Wait, it is 2</think>2", None),
         ("<think>It is 2. Wait!</think>2", None),
         ("<think>I await 2 waiters</think>2", None),
         ("<think>two</think>wait, 2", None),
         ("wait, it is 2", None),
     ],
 )
-def test_a_correction_is_a_thought_that_goes_on_behind_the_word(completion: str, word: str | None) -> None:
-    """Letters or figures follow the word within the thought; parts of words, and words outside of it, are none."""
+def test_a_correction_says_something_else_behind_the_word(completion: str, word: str | None) -> None:
+    """Other letters or figures follow it than stand before it, within the thought; parts of words are no words."""
     found = first_correction([_group("q", (completion, 1.0))], WORDS, 3)
     assert (found and found.word) == word
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: what is learnt from, in which order, and that nothing else is."""
 
 import io
+import itertools
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ from fathom.engine.protocol import Sampling
 from fathom.errors import UserError
 from fathom.model.checkpoint import load, save_model
 from fathom.model.transformer import Transformer
+from fathom.tasks import open_task
 from fathom.train.metrics import read_metrics
 from fathom.train.optimizers import build_optimizer
 from fathom.train.packing import packed
@@ -297,6 +299,20 @@ def test_one_question_is_on_one_side(recipe: SFTRecipe, tmp_path: Path) -> None:
     assert sides[0]
     assert sides[1]
     assert len(answers.train) + len(answers.held_out) == 80
+
+
+def test_rows_of_a_task_s_training_problems_are_held_out_too(recipe: SFTRecipe, tmp_path: Path) -> None:
+    """The share is that of the rows, though the task itself holds none of their questions out."""
+    problems = itertools.islice(open_task("modular").problems("train", level=3), 400)
+    rows = [
+        {"messages": [{"role": "user", "content": p.question}, {"role": "assistant", "content": p.answer}]}
+        for p in problems
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    changes = {"files": (str(file),), "held_out": 0.1}
+    answers = read_answers(changed(recipe, data=changes), student(recipe).tokenizer, context=512)
+    assert 20 <= len(answers.held_out) <= 60
 
 
 def test_long_answers_are_left_out_and_said(recipe: SFTRecipe, tmp_path: Path) -> None:
