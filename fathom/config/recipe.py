@@ -352,7 +352,7 @@ def flag_pairs(words: list[str]) -> list[tuple[str, str]]:
 def flag_value(text: str, annotation: Any) -> Any:
     """A TOML value where the text is one (numbers, true, lists) and the field can take it, else the text itself.
 
-    A field that takes a list of texts takes one text as a list of one.
+    A field that takes a list takes one item as a list of one.
     """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -361,7 +361,7 @@ def flag_value(text: str, annotation: Any) -> Any:
     if annotation is str:
         return value if isinstance(value, str) else text
     if typing.get_origin(annotation) is tuple and not isinstance(value, list):
-        return [value if isinstance(value, str) else text]
+        return [text if typing.get_args(annotation)[0] is str and not isinstance(value, str) else value]
     return value
 
 

@@ -129,13 +129,14 @@ def _settings(options: argparse.Namespace) -> "EvaluationSettings":
 
 
 def _asked_before(path: Path) -> dict[str, Any]:
-    """Fields of `EvaluationSettings` under which the model at `path` learnt, or a pipeline measured it; none where
-    nothing tells. Raises `UserError`."""
+    """Fields of `EvaluationSettings` under which a pipeline measured the model at `path`, its own or a stage's, or
+    under which it learnt; none where nothing tells. Raises `UserError`."""
     from fathom.config.evaluation import EvaluationSettings
-    from fathom.pipeline.state import served
+    from fathom.pipeline.state import measured_stage, served
 
-    if (stage := served(path)) is not None and stage.state.evaluation is not None:
-        measured = EvaluationSettings.parse(stage.state.evaluation["settings"], where=str(path))
+    stage = measured_stage(path) if (whole := served(path)) is None else whole.state
+    if stage is not None and stage.evaluation is not None:
+        measured = EvaluationSettings.parse(stage.evaluation["settings"], where=str(path))
         return {name: value for name, value in measured.model_dump().items() if name in _LEARNT}
     return {} if (recipe := recipe_of(path)) is None else of_recipe(recipe)
 

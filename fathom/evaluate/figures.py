@@ -36,8 +36,7 @@ def _charts(evaluation: Evaluation) -> Iterator[Chart]:
         if free and len(free.cons_at) > 1:
             yield _by_samples(f"samples-{number}", task, free)
         if free and len(free.levels) > 1:
-            levels = {level: found.pass_at_1 for level, found in free.levels.items()}
-            yield _chart(f"levels-{number}", f"{task}: by level", (_series("pass@1", levels),), "level")
+            yield _by_level(f"levels-{number}", task, free)
 
 
 def _by_budget(name: str, task: str, free: Measurement | None, cut: list[Measurement]) -> Chart:
@@ -50,6 +49,15 @@ def _by_budget(name: str, task: str, free: Measurement | None, cut: list[Measure
 def _by_samples(name: str, task: str, free: Measurement) -> Chart:
     series = (_series("cons@k: the majority is right", free.cons_at), _series("pass@k: one is right", free.pass_at))
     return replace(_chart(name, f"{task}: accuracy over samples", series, "samples"), doubling=True)
+
+
+def _by_level(name: str, task: str, free: Measurement) -> Chart:
+    most = max(free.cons_at)
+    series = [_series("pass@1", {level: found.pass_at_1 for level, found in free.levels.items()})]
+    if most > 1:
+        voted = {level: found.cons_at[most] for level, found in free.levels.items()}
+        series.append(_series(f"cons@{most}: the majority is right", voted))
+    return _chart(name, f"{task}: by level", tuple(series), "level")
 
 
 def _series(name: str, points: Mapping[int, Estimate]) -> Series:

@@ -13,7 +13,7 @@ from fathom.evaluate.transcripts import Transcript
 from fathom.tasks.reading import Reading
 from fathom.tasks.task import Problem
 
-VERSION = 1
+VERSION = 2
 """Of the JSON."""
 
 
@@ -83,7 +83,19 @@ class Level:
     """One level of difficulty."""
 
     problems: int
-    pass_at_1: Estimate
+    pass_at: dict[int, Estimate]
+    """By k."""
+    cons_at: dict[int, Estimate]
+    """By k."""
+
+    @property
+    def pass_at_1(self) -> Estimate:
+        """The mean share of samples that are right."""
+        return self.pass_at[1]
+
+    def as_json(self) -> dict[str, Any]:
+        """As the guide documents it."""
+        return {"problems": self.problems} | _by_k(self.pass_at, self.cons_at)
 
 
 @dataclass(frozen=True)
@@ -156,14 +168,11 @@ class Measurement:
     def as_json(self) -> dict[str, Any]:
         """As the guide documents it."""
         own = asdict(self)
-        own["levels"] = {
-            str(level): {"problems": found.problems, "pass@1": asdict(found.pass_at_1)}
-            for level, found in self.levels.items()
-        }
+        del own["pass_at"], own["cons_at"]
+        own["levels"] = {str(level): found.as_json() for level, found in self.levels.items()}
         own["cost"]["per_solved"] = self.cost.per_solved()
-        by_k = {name: {str(k): value for k, value in own.pop(f"{name}_at").items()} for name in ("pass", "cons")}
         head = {name: own.pop(name) for name in ("task", "budget", "problems", "samples")}
-        return head | {"pass@k": by_k["pass"], "cons@k": by_k["cons"]} | own
+        return head | _by_k(self.pass_at, self.cons_at) | own
 
 
 @dataclass(frozen=True)
@@ -224,12 +233,10 @@ def measured(
     unread = Counter(sample.reading.fault for sample in graded if sample.reading.answer is None)
     in_language = [sample.language for sample in graded if sample.language is not None]
     firsts = {one.problem.question: one.samples[0] for one in tried}
-    by_level: dict[int, list[float]] = defaultdict(list)
+    passes, votes = _estimates(tried, settings)
+    by_level: dict[int, list[Tried]] = defaultdict(list)
     for one in tried:
-        by_level[one.problem.level].append(one.pass_at(1))
-    # Of k samples each, there are so many sets without a sample in common.
-    passes = {k: estimate([one.pass_at(k) for one in tried], settings.samples // k) for k in settings.sizes}
-    votes = {k: estimate([one.cons_at(k) for one in tried], settings.samples // k) for k in settings.votes}
+        by_level[one.problem.level].append(one)
     return Measurement(
         task,
         budget,
@@ -237,7 +244,7 @@ def measured(
         settings.samples,
         passes,
         votes,
-        {level: Level(len(own), estimate(own, settings.samples)) for level, own in sorted(by_level.items())},
+        {level: Level(len(own), *_estimates(own, settings)) for level, own in sorted(by_level.items())},
         score=statistics.fmean(sample.score for sample in graded),
         well_formed=statistics.fmean(sample.reading.well_formed for sample in graded),
         unread=statistics.fmean(sample.said is None for sample in graded),
@@ -257,6 +264,21 @@ def measured(
             if (first := firsts.get(problem.question)) is not None
         ),
     )
+
+
+def _estimates(tried: Sequence[Tried], settings: EvaluationSettings) -> tuple[dict[int, Estimate], dict[int, Estimate]]:
+    """pass@k and cons@k."""
+    # Of k samples each, there are so many sets without a sample in common.
+    passes = {k: estimate([one.pass_at(k) for one in tried], settings.samples // k) for k in settings.sizes}
+    votes = {k: estimate([one.cons_at(k) for one in tried], settings.samples // k) for k in settings.votes}
+    return passes, votes
+
+
+def _by_k(pass_at: dict[int, Estimate], cons_at: dict[int, Estimate]) -> dict[str, Any]:
+    return {
+        "pass@k": {str(k): asdict(value) for k, value in pass_at.items()},
+        "cons@k": {str(k): asdict(value) for k, value in cons_at.items()},
+    }
 
 
 def _spread(numbers: Sequence[int | None]) -> Spread | None:

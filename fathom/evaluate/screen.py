@@ -64,8 +64,13 @@ def show(evaluation: Evaluation, console: Console) -> None:
         print_rows("", list(_rows(free)), console)
         _print(console, _samples(free))
         if len(free.levels) > 1:
-            rows = [(str(level), str(own.problems), _share(own.pass_at_1)) for level, own in free.levels.items()]
-            _print(console, _table(("level", "problems", "pass@1"), rows))
+            most = max(free.cons_at)
+            voted = (f"cons@{most}",) if most > 1 else ()
+            rows = [
+                (str(level), str(own.problems), _share(own.pass_at_1), *(_share(own.cons_at[most]) for _ in voted))
+                for level, own in free.levels.items()
+            ]
+            _print(console, _table(("level", "problems", "pass@1", *voted), rows))
         if cut:
             _print(
                 console,

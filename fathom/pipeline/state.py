@@ -67,6 +67,14 @@ def served(folder: Path) -> Served | None:
     return Served(model, finished[name])
 
 
+def measured_stage(run: Path) -> StageState | None:
+    """The stage of a pipeline that `run` is the folder of, where it has been measured; None for any other folder.
+    Raises `UserError`."""
+    run = run.absolute()
+    state = read_state(run.parent).get(run.name)
+    return None if state is None or state.evaluation is None else state
+
+
 def is_pipeline(folder: Path) -> bool:
     """Whether a pipeline was begun there."""
     return any((folder / name).is_file() for name in (RECIPE, STATE))

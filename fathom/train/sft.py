@@ -271,7 +271,8 @@ def loss_of(student: Student, turns: Sequence[Turn]) -> float:
 
 
 def _packed(turns: Sequence[Turn], rows: int) -> Iterator[list[Turn]]:
-    return packed(turns, lambda turn: turn.rows, rows)
+    # By length: texts that are much the same length attend in one product.
+    return packed(sorted(turns, key=lambda turn: turn.rows), lambda turn: turn.rows, rows)
 
 
 def _score(model: Transformer, head: Head, turns: Sequence[Turn]) -> tuple[torch.Tensor, torch.Tensor]:

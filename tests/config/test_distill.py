@@ -161,7 +161,7 @@ def test_several_tasks_are_one_mixture_for_rewards(models: Path) -> None:
 
 def test_flags_reach_every_section(tmp_path: Path) -> None:
     """`--sft.train.epochs 3` and its like have the types of their fields; `--teacher` and `--model` name others."""
-    words = "--teacher t --model s --sft.train.epochs 3 --on-policy.eval.budgets [8] --traces.filters.per_problem none"
+    words = "--teacher t --model s --sft.train.epochs 3 --on-policy.eval.budgets 8 --traces.filters.per_problem none"
     told = read_recipe(RECIPES / "distill-arithmetic.toml", words.split(), DistillRecipe)
     assert (told.teacher, told.model, told.sft.train.epochs) == ("t", "s", 3.0)
     assert (told.on_policy.eval.budgets, told.traces.filters.per_problem) == ((8,), None)

@@ -48,7 +48,7 @@ def test_a_run_is_asked_as_it_has_learnt(run: Path, capsys: pytest.CaptureFixtur
     assert [one["budget"] for one in found["measurements"]] == [None, 2, 4]
     assert list(found["measurements"][0]["pass@k"]) == list(found["measurements"][0]["cons@k"]) == ["1", "2"]
     assert list(found["measurements"][0]["levels"]) == ["1", "2", "3"]
-    assert (found["version"], found["complete"], found["model"]) == (1, True, str(run))
+    assert (found["version"], found["complete"], found["model"]) == (2, True, str(run))
     titles = [text.text for text in ElementTree.parse(run / "evaluation.svg").iter() if text.get("class") == "title"]
     assert titles == ["modular: accuracy over thought", "modular: accuracy over samples", "modular: by level"]
     shown = capsys.readouterr().out

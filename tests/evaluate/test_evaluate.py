@@ -57,6 +57,11 @@ def test_numbers_by_hand(half_right) -> None:
     assert free.cons_at[2].value == pytest.approx((1 + 4 / 2) / 6 / 2)
     assert free.cons_at[4].value == pytest.approx(1 / 2)
     assert {level: own.pass_at_1.value for level, own in free.levels.items()} == {1: 0.5, 2: 0.0}
+    assert free.levels[1].cons_at[2].value == pytest.approx((1 + 4 / 2) / 6)
+    by_level = free.as_json()["levels"]
+    assert by_level["1"]["problems"] == 4
+    assert by_level["1"]["cons@k"]["2"]["value"] == pytest.approx(1 / 2)
+    assert by_level["2"]["pass@k"]["4"]["value"] == 0
     assert (free.thought_tokens.mean, free.completion_tokens.median) == (4, 10)
     assert (free.cost.right, free.cost.prompt_tokens, free.cost.completion_tokens) == (8, 160, 320)
     assert free.cost.money == pytest.approx((160 * 1 + 320 * 2) / 1e6)

@@ -15,13 +15,15 @@ every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES
 
 
 def trees(vocab: int) -> list[Tree]:
-    """Trunks and branches of unlike lengths, branches of one token, a single branch, and none at all."""
+    """Trunks and branches of unlike lengths, branches of one token, none at all, and texts of one branch: of much the
+    same length, of other ones, and apart from them."""
     source = random.Random(1)
 
     def text(length: int) -> list[int]:
         return [source.randrange(vocab) for _ in range(length)]
 
-    shapes = [(7, (5, 1, 9)), (1, (4, 4)), (12, (6,)), (3, (1, 1)), (5, ())]
+    shapes = [(7, (5, 1, 9)), (1, (4, 4)), (12, (6,)), (9, (7,)), (3, (13,)), (1, (2,)), (3, (1, 1)), (2, (1,))]
+    shapes.append((5, ()))
     return [Tree(text(trunk), [text(length) for length in branches]) for trunk, branches in shapes]
 
 
@@ -82,6 +84,15 @@ def test_kernels_and_products_agree_on_a_forest(widths: tuple[int, int]) -> None
         results.append([o.detach(), *(t.grad for t in inputs)])
     for exact, rounded in zip(*results, strict=True):
         assert (rounded.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_texts_of_one_branch_attend_together_if_they_are_alike() -> None:
+    """Neighbours that fill up to no more than twice their own work are one product; a group of branches ends them."""
+    texts = [Tree([1] * trunk, [[2] * branch]) for trunk, branch in ((9, 8), (4, 12), (30, 1), (2, 2))]
+    group = Tree([1, 2, 3], [[4, 5], [6, 7]])
+    parts = Forest.plant([*texts, group, texts[3]]).parts
+    assert [tuple(part.index.shape) for part in parts] == [(3, 30), (1, 3), (1, 3), (2, 1), (1, 3)]
+    assert sum(part.rows.stop - part.rows.start for part in parts) == 16 + 15 + 30 + 3 + 3 + 2 + 3
 
 
 def test_a_forest_says_which_row_predicts_what() -> None:

@@ -1,5 +1,6 @@
 """A pipeline's folder in the place of a model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,19 @@ def test_a_file_is_no_pipeline(tmp_path: Path) -> None:
     assert model_folder(tmp_path / "model.gguf") == tmp_path / "model.gguf"
 
 
-def test_commands_take_a_pipeline_for_a_model(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is loaded and measured like a run, and asked as the pipeline asked that model."""
-    assert main(["load", str(house)]) == 0
-    assert main(["eval", str(house), "--problems", "2", "--samples", "1"]) == 0
-    assert "modular" in capsys.readouterr().out
+@pytest.mark.parametrize("stage", ["", "student", "traces"])
+def test_commands_take_a_pipeline_for_a_model(
+    stage: str, house: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is loaded and measured like a run, and it and its stages are asked as the pipeline asked that model; a stage
+    that has none was not asked."""
+    if stage == "traces":
+        assert main(["eval", str(house / stage)]) == 2
+        assert "which task?" in capsys.readouterr().err
+        return
+    monkeypatch.chdir(house)
+    assert main(["load", stage or "."]) == 0
+    assert main(["eval", stage or ".", "--problems", "2", "--samples", "1", "--json", "found.json"]) == 0
+    settings = json.loads(Path("found.json").read_text(encoding="utf-8"))["settings"]
+    expected = EVALUATION["settings"] | {"problems": 2, "samples": 1, "temperature": 0.6, "top_p": 0.95}
+    assert settings == {name: expected[name] for name in settings}

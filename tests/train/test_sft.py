@@ -264,7 +264,7 @@ def test_it_learns_to_say_what_was_said(recipe: SFTRecipe, tmp_path: Path) -> No
     few.write_text("\n".join(map(json.dumps, ROWS[:4])), encoding="utf-8")
     settings = {"epochs": 200.0, "batch": 4, "floor": 1.0, "warmup_steps": 0}
     data = {"files": (str(few),), "held_out": 0.0}
-    learning = changed(recipe, train=settings, data=data, optimizer={"lr": 1e-2}, checkpoint={"every": 100})
+    learning = changed(recipe, train=settings, data=data, optimizer={"lr": 5e-3}, checkpoint={"every": 100})
     result, _ = run(learning, tmp_path / "runs")
     model, tokenizer = load(result.checkpoint, dtype="float32")
     for row in ROWS[:4]:
