@@ -26,8 +26,6 @@ class RecipeVerb:
     resume: str = "continue from the run's newest checkpoint"
     accepts_changes: bool = True
     """Whether a run can be resumed although its recipe has changed."""
-    reports: bool = False
-    """Whether a page is written about a run that has ended."""
 
 
 RECIPE_VERBS = {
@@ -42,14 +40,12 @@ RECIPE_VERBS = {
         "fathom.config.rl:RLRecipe",
         "fathom.train.rl:train_rl",
         "fathom.train.rl_estimate:dry_run",
-        reports=True,
     ),
     "sft": RecipeVerb(
         "teach a model to say what conversations say",
         "fathom.config.sft:SFTRecipe",
         "fathom.train.sft:train_sft",
         "fathom.train.sft_estimate:dry_run",
-        reports=True,
     ),
     "synth": RecipeVerb(
         "write solutions to problems, and keep what a rule proves right",
@@ -58,7 +54,6 @@ RECIPE_VERBS = {
         "fathom.synth.plan:dry_run",
         resume="go on without drawing again; filters may have changed",
         accepts_changes=False,
-        reports=True,
     ),
 }
 
@@ -102,8 +97,7 @@ def run_recipe(options: argparse.Namespace) -> int:
         return 0
     how = {"accept_changes": options.accept_changes} if told.accepts_changes else {}
     result = _named(told.run)(recipe, resume=options.resume, overwrite=options.overwrite, **how)
-    if told.reports:
-        add_report(result.folder)
+    add_report(result.folder)
     return INTERRUPTED if result.interrupted else 0
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fathom.report.axis import plain
 from fathom.report.svg import LETTER, PAD, ROW, SWATCH, clipped, frame, head, legend_places, text
 
 GAP = 14.0
@@ -58,8 +57,7 @@ class Bars:
     def _said(self, shares: tuple[Share | None, ...]) -> Iterator[str]:
         for series, share in zip(self.series, shares, strict=True):
             if share is not None:
-                written = f"{plain(100 * share.value)} %" if share.low is None else share.write()
-                yield written if len(self.series) == 1 else f"{series} {written}"
+                yield share.write() if len(self.series) == 1 else f"{series} {share.write()}"
 
 
 def draw_bars(bars: Bars, *, width: float = 360, alone: bool = False) -> str:
@@ -114,4 +112,4 @@ def _bar(share: Share, number: int, left: float, y: float, full: float, thick: f
         low, high = at(share.low), at(share.high)
         ends = "".join(f"M{x:.1f},{middle - 4:.1f}v8" for x in (low, high))
         yield f'<path class="whisker" d="M{low:.1f},{middle:.1f}H{high:.1f}{ends}"/>'
-    yield text(at(share.end) + 7, middle + 4.5, f"{plain(100 * share.value)} %", "legend")
+    yield text(at(share.end) + 7, middle + 4.5, f"{100 * share.value:.1f} %", "legend")
