@@ -109,7 +109,7 @@ def test_bars_of_several_series_lie_under_one_another() -> None:
         assert len(_widths(svg, "bar s1")) == 1 + 1
         assert len(_widths(svg, "bar s2")) == 2 + 1
     assert table_of_bars(bars) == [["", "one", "two"], ["a", "50.0 %", "25.0 %"], ["b", "", "100.0 %"]]
-    assert "a: one 50 %, two 25 %; b: two 100 %." in draw_bars(bars)
+    assert "a: one 50.0 %, two 25.0 %; b: two 100.0 %." in draw_bars(bars)
 
 
 def test_a_whisker_spans_its_interval() -> None:

@@ -107,7 +107,7 @@ def test_learning_by_reward_is_told(tmp_path: Path) -> None:
     levels = table_of(page, "pass@1 by level of difficulty, at several steps")
     assert levels == [["level", "step 0", "step 40"], ["2", "–", "40.0 %"], ["10", "–", "60.0 %"]]
     assert {"Before the first step", "Thoughts cut short", "Right answers", "Entropy"} <= set(_figures(page))
-    assert "made to think: 75 %; made to guess: 12.5 %; left to itself: 25 %." in page
+    assert "made to think: 75.0 %; made to guess: 12.5 %; left to itself: 25.0 %." in page
 
 
 def test_fine_tuning_is_told(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_data_factory_is_told(tmp_path: Path) -> None:
     assert "Nothing has been written yet." in _page(run)
     (run / "synth.json").write_text(json.dumps(COUNTS))
     page = _page(run)
-    assert "40 drawn: 100 %; 20 right: 50 %; 10 kept: 25 %." in page
+    assert "40 drawn: 100.0 %; 20 right: 50.0 %; 10 kept: 25.0 %." in page
     assert table_of(page, "Candidates by task and level")[1] == ["modular 1", "40", "20", "10", "25.0 %"]
     fields = {row[0]: row[1] for row in table_of(page, "Fields changed from their defaults")}
     assert fields["tasks"] == "name = modular; levels = 8"
