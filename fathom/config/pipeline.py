@@ -21,6 +21,7 @@ one. On the command line a stage's fields stand behind its name: `--zero.train.s
 behind `evaluation`: `--zero.evaluation.samples 16`.
 """
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,8 @@ class StageSection(Section):
     def resolved(self, places: Mapping[str, str], seed: int, beside: Path) -> Recipe:
         """The recipe that it runs, where `places` are the paths that earlier stages stand for. Raises `UserError`."""
         kind = KINDS[self.verb]
+        if kind is SynthRecipe:
+            seed = _own_seed(seed, self.name)
         values = {"seed": seed} | override(self.read(beside), _with_paths(self.set, places)) | {"name": self.name}
         return kind.parse(unset_optional(values, kind), where=f"stage {self.name}")
 
@@ -133,7 +136,8 @@ class Pipeline(Section):
     name: str
     """Its folder is `runs/<name>`."""
     seed: int = Field(default=1, ge=0, le=2**63 - 1)
-    """Seed of every stage that does not set its own."""
+    """Seed of every stage that does not set its own. Stages `synth` have one each that follows from it and their name,
+    so that they draw different problems: what one hands on is not what the next draws again."""
     evaluation: EvaluationSettings
     """The held-out problems, the same after every stage."""
     stages: tuple[StageSection, ...] = Field(min_length=1)
@@ -233,6 +237,11 @@ def read_pipeline(path: Path, words: list[str]) -> Pipeline:
         stages[stage.name] = stage.model_copy(update={field: changed})
     listed = [stage.model_dump(exclude_unset=True) for stage in stages.values()]
     return Pipeline.parse(unset_optional(values | {"stages": listed}, Pipeline), where=str(path))
+
+
+def _own_seed(seed: int, stage: str) -> int:
+    digest = hashlib.blake2b(f"{seed} {stage}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest)
 
 
 def _nested(names: list[str], value: Any) -> dict[str, Any]:

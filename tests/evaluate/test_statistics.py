@@ -34,16 +34,25 @@ def test_certainty_is_never_claimed(value: float) -> None:
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """Over 400 simulated evaluations with problems of very different difficulty, 93 to 98 % hold the true mean."""
+@pytest.mark.parametrize(
+    ("easy", "hard", "problems", "least"),
+    [(0.8, 0.4, 60, 0.93), (0.8, 0.4, 30, 0.93), (1, 1, 128, 0.93), (2, 8, 60, 0.93), (5, 0.25, 60, 0.93),
+     (19, 1, 30, 0.93), (2, 0.1, 30, 0.88)],
+)  # fmt: skip
+def test_the_interval_holds_the_truth_as_often_as_it_says(
+    easy: float, hard: float, problems: int, least: float
+) -> None:
+    """Over 400 simulated evaluations with problems of different difficulty, 93 to 98 % hold the true mean; 88 % where
+    there are few and most are solved always."""
     draw = random.Random(7)
+    truth = easy / (easy + hard)
     held = 0
     for _ in range(400):
-        chances = [draw.betavariate(0.8, 0.4) for _ in range(60)]  # of mean 2/3
+        chances = [draw.betavariate(easy, hard) for _ in range(problems)]
         values = [sum(draw.random() < chance for _ in range(4)) / 4 for chance in chances]
         found = estimate(values, 4)
-        held += found.low <= 2 / 3 <= found.high
-    assert 0.93 <= held / 400 <= 0.98
+        held += found.low <= truth <= found.high
+    assert least <= held / 400 <= 0.98
 
 
 def test_pass_at_k_by_hand() -> None:
