@@ -32,6 +32,8 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
         remove_pipeline(Path("runs") / pipeline.name)
     result = run_pipeline(pipeline, file.parent)
     if result.interrupted:
+        if fresh:
+            print("fathom: to go on, run it without --fresh, which would begin anew", file=sys.stderr)
         return INTERRUPTED
     story = Story.read(result.folder)
     console = Console(highlight=False, soft_wrap=True, markup=False)

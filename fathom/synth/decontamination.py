@@ -2,14 +2,17 @@
 
 A question is contaminated where a held-out one is *equal* to it but for case, spaces and punctuation, or *nearly*:
 where it has enough of the held-out one's 13-grams (stretches of 13 words, numbers and signs; GPT-3, arXiv 2005.14165
-App. C). Held-out questions of 13 units or fewer count as a whole.
+App. C). Held-out questions of 13 units or fewer count as a whole, also where they stand in a longer text, behind a
+greeting or before an instruction; there, one of fewer than 5 units is no question but a turn of phrase, and one that
+goes on as a formula (`2 + 3` in `2 + 3 + 4`) is another.
 
 Of these 13-grams only those count that no other held-out question has. What several have in common is the wording of a
 task ("Answer with the number alone") and tells none of them apart: problems made by rule share most of their text.
+Where a question has none of its own, all of its count.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,11 @@ from fathom.report.tables import plural
 from fathom.synth.words import ngrams, units
 
 NGRAM = 13
+_PHRASE = 5
+"""Units of a question that is looked for inside other texts, at least."""
 _NAMED = 5
+_ASKS = ("system", "user")
+"""Whose messages ask."""
 _FIELDS = ("question", "problem", "prompt")
 
 
@@ -31,18 +38,41 @@ class HeldOut:
         """`overlap` is the share of a held-out question's 13-grams that makes another nearly equal; 0: any one."""
         self._overlap = overlap
         self._whole = {tuple(units(question)) for question in questions} - {()}
+        self._lengths = sorted({len(words) for words in self._whole if _PHRASE <= len(words) <= NGRAM})
         grams = {words: set(ngrams(words, NGRAM)) for words in self._whole if len(words) > NGRAM}
         shared = Counter(gram for own in grams.values() for gram in own)
-        self._sizes = {words: len(own) for words, own in grams.items()}
-        self._owner = {gram: words for words, own in grams.items() for gram in own if shared[gram] == 1}
+        self._sizes: dict[tuple[str, ...], int] = {}
+        self._owners: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+        for words, all_of_it in grams.items():
+            own = {gram for gram in all_of_it if shared[gram] == 1} or all_of_it
+            self._sizes[words] = len(own)
+            for gram in own:
+                self._owners[gram].append(words)
 
-    def has(self, question: str) -> bool:
-        """Whether it is a held-out one, or nearly."""
-        words = tuple(units(question))
-        if words in self._whole:
+    def has(self, text: str) -> bool:
+        """Whether it is or asks a held-out question, or nearly."""
+        words = tuple(units(text))
+        if words in self._whole or self._stands_in(words):
             return True
-        common = Counter(self._owner[gram] for gram in set(ngrams(words, NGRAM)) if gram in self._owner)
-        return any(count >= self._overlap * self._sizes[owner] for owner, count in common.items())
+        found = (owner for gram in set(ngrams(words, NGRAM)) for owner in self._owners.get(gram, ()))
+        return any(count >= self._overlap * self._sizes[owner] for owner, count in Counter(found).items())
+
+    def _stands_in(self, words: tuple[str, ...]) -> bool:
+        """Whether a short question is a part of `words` that is no part of a longer formula."""
+        for length in self._lengths:
+            for begin in range(len(words) - length + 1):
+                end = begin + length
+                if words[begin:end] in self._whole and not (
+                    (begin and _joins(words[begin - 1], words[begin]))
+                    or (end < len(words) and _joins(words[end - 1], words[end]))
+                ):
+                    return True
+        return False
+
+
+def _joins(left: str, right: str) -> bool:
+    """Whether two neighbouring units are of one formula: neither is a word."""
+    return not any(character.isalpha() for character in left + right)
 
 
 class HeldOutSets:
@@ -53,9 +83,9 @@ class HeldOutSets:
         """`overlap` as in `HeldOut`."""
         self._sets = [HeldOut(questions, overlap) for questions in sets]
 
-    def has(self, question: str) -> bool:
+    def has(self, text: str) -> bool:
         """Whether one of the sets has it, or nearly."""
-        return any(held_out.has(question) for held_out in self._sets)
+        return any(held_out.has(text) for held_out in self._sets)
 
 
 def refuse_contaminated(files: Sequence[str], held_out: HeldOut | HeldOutSets, *, where: str) -> None:
@@ -64,7 +94,7 @@ def refuse_contaminated(files: Sequence[str], held_out: HeldOut | HeldOutSets, *
         conversation.where
         for file in files
         for conversation in read_conversations(Path(file))
-        if any(held_out.has(message["content"]) for message in conversation.messages if message["role"] == "user")
+        if any(held_out.has(message["content"]) for message in conversation.messages if message["role"] in _ASKS)
     ]
     if found:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

@@ -129,9 +129,10 @@ def test_rows_of_a_stage_are_looked_over_too(file: Path, tmp_path: Path) -> None
     traces = tmp_path / "house" / "traces" / "traces.jsonl"
     question = json.loads((tmp_path / "house" / "held-out.jsonl").read_text().splitlines()[0])["question"]
     row = [{"role": "user", "content": question}, {"role": "assistant", "content": "2"}]
+    added = len(traces.read_text().splitlines()) + 1
     with traces.open("a") as lines:
         lines.write(json.dumps({"messages": row}) + "\n")
-    with pytest.raises(UserError, match=rf"stage student: .*{traces}:14; take these rows out"):
+    with pytest.raises(UserError, match=rf"stage student: .*{traces}:{added}; take these rows out"):
         run(file, tmp_path, "--student.train.epochs", "1", redo=True)
 
 

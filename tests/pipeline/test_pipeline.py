@@ -128,7 +128,8 @@ def test_stages_are_changed_by_their_names(file: Path) -> None:
     assert pipeline.name == "other"
     assert recipes["zero"].train.steps == 7
     assert recipes["student"].model == "elsewhere"
-    assert {recipe.seed for recipe in recipes.values()} == {5}
+    assert (recipes["zero"].seed, recipes["student"].seed) == (5, 5)
+    assert recipes["traces"].seed != read_pipeline(file, []).recipes(Path("runs/other"), file.parent)["traces"].seed
     assert {name: recipe.name for name, recipe in recipes.items()} == {name: name for name in recipes}
     assert recipes["student"].data.files == ("runs/other/traces/traces.jsonl",)
 

@@ -73,6 +73,9 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         f"  {STORY.upper()}",
         STORY.replace("friends", "cousins"),
         f"Here is a question. {STORY} Answer with the number alone.",
+        "What is 2 + 3? Please reason step by step.",
+        "Hello! What is 2 + 3?",
+        "I was asked: what is 2+3? That is 5.",
     ],
 )
 def test_leaks_are_found(question: str) -> None:
@@ -80,10 +83,14 @@ def test_leaks_are_found(question: str) -> None:
     assert HeldOut(["What is 2 + 3?", STORY], 0.5).has(question)
 
 
-@pytest.mark.parametrize("question", ["What is 2 - 3?", "What is 2 + 3 + 4?", OTHER, "", "?"])
+@pytest.mark.parametrize(
+    "question",
+    ["What is 2 - 3?", "What is 2 + 3 + 4?", OTHER, "", "?", "9*3+8*7=", "3+8*7=1;1+2=3", "Well, thank you so much."],
+)
 def test_other_questions_are_no_leaks(question: str) -> None:
-    """Another sign, a longer sum, another story, or nothing at all is not held out."""
-    assert not HeldOut(["What is 2 + 3?", STORY, "!"], 0.5).has(question)
+    """Another sign, a longer sum, a step of a thought, another story, a turn of phrase, or nothing at all is not held
+    out."""
+    assert not HeldOut(["What is 2 + 3?", STORY, "!", "3+8*7=", "Thank you!"], 0.5).has(question)
 
 
 def test_wording_that_held_out_questions_share_is_no_leak() -> None:
@@ -99,6 +106,16 @@ def test_wording_that_held_out_questions_share_is_no_leak() -> None:
     assert not HeldOut([STORY], 0.5).has("sold half as many clips in May. How many clips did Natalia sell today")
 
 
+def test_a_copy_is_found_among_questions_of_one_wording() -> None:
+    """Forty questions behind one long instruction: a copy with a word added or one of the instruction changed is found,
+    another question behind it is not."""
+    frame = f"{OTHER} {OTHER.lower()} The numbers for this time are {{}} and {{}}, and nothing else is asked of you."
+    held_out = HeldOut([frame.format(100 + n, 300 - n) for n in range(40)], 0.5)
+    assert held_out.has(f"Hey! {frame.format(107, 293)} Thanks a lot.")
+    assert held_out.has(frame.format(107, 293).replace("choir", "band", 1))
+    assert not held_out.has(frame.format(507, 693))
+
+
 def test_contaminated_rows_are_named(tmp_path: Path) -> None:
     """Training rows that ask held-out questions stop the run with the file and lines of each; clean rows do not."""
     rows = [
@@ -111,13 +128,18 @@ def test_contaminated_rows_are_named(tmp_path: Path) -> None:
     assert f"{file}:2, {file}:3" in str(refused.value)
     assert f"{file}:1" not in str(refused.value)
     refuse_contaminated([str(file)], HeldOut(["What is 2 + 4?"], 0.5), where="data.files")
+    hidden = [{"role": "system", "content": STORY}, {"role": "user", "content": "And?"}, rows[0][1]]
+    file.write_text(json.dumps({"messages": hidden}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"1 training row of data\.files"):
+        refuse_contaminated([str(file)], HeldOut([STORY], 0.5), where="data.files")
 
 
 def test_a_question_in_two_sets_is_still_told_apart() -> None:
-    """What is near to a question of one set is refused, whatever other sets hold: also the same question, reworded."""
+    """What is near to a question of one set is refused, whatever other sets hold: also the same question, reworded, and
+    in one set with it."""
     near, other = f"{STORY} Please reply.", f"{STORY} Be brief."
     assert HeldOut([STORY], 0.5).has(near)
-    assert not HeldOut([STORY, other], 0.5).has(near)
+    assert HeldOut([STORY, other], 0.5).has(near)
     assert HeldOutSets([[STORY], [other]], 0.5).has(near)
     assert not HeldOutSets([["What is 2 + 3?"], []], 0.5).has(near)
 
