@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom.errors import INTERRUPTED
+from fathom.errors import INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from fathom.config.section import Section
@@ -90,6 +90,8 @@ def run_recipe(options: argparse.Namespace) -> int:
     """A command of the table."""
     from fathom.config import read_recipe
 
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite deletes it; leave one out")
     told = RECIPE_VERBS[options.verb]
     recipe = read_recipe(options.recipe, options.overrides, recipe_kind(options.verb))
     if options.dry_run:

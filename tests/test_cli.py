@@ -40,6 +40,7 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["data", "build", "nowhere", "--out", "y"], "nowhere"),
         (["data", "verify", "nowhere"], "nowhere"),
         (["load", "x", "--dtpe", "float32"], "did you mean '--dtype'?"),
+        (["synth", RECIPE, "--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it"),
         (["pretrain", RECIPE, "--over"], "unknown flag '--over' (did you mean '--overwrite'?)"),
         (["pretrain", RECIPE, "--stepz", "3"], "unknown flag '--stepz' (did you mean '--train.steps'?)"),
         (["pretrain", RECIPE, "train.steps", "3"], "unexpected 'train.steps'"),

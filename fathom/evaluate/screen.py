@@ -89,12 +89,19 @@ def notes(evaluation: Evaluation) -> list[str]:
             form = evaluation.settings.layout.form
             said.append(
                 f"{where}: {_percent(found.unread)} of the samples have no answer where layout {form} looks for it, "
-                f"most often: {found.unread_for}; --layout and --instruction say where it should stand"
+                f"most often: {found.unread_for}; prompt and layout say where it should stand"
             )
         if found.faults:
             said.append(f"{where}: {plural(found.faults, 'check')} failed and count as wrong; the first: {found.fault}")
         if found.left_out:
             said.append(f"{where}: {plural(found.left_out, 'problem')} left out; the first: {found.left_out_for}")
+    for task in evaluation.settings.tasks:
+        if unread := [found for found in evaluation.by_budget(task) if found.unread > _MANY]:
+            cut = ", ".join(f"{found.budget} ({_percent(found.unread)})" for found in unread)
+            said.append(
+                f"{task}: cut at these tokens of thought, so many samples have no answer where layout "
+                f"{evaluation.settings.layout.form} looks for it, and count as wrong: {cut}"
+            )
     return said
 
 

@@ -29,6 +29,7 @@ from fathom.evaluate.answers import EngineAnswers
 from fathom.evaluate.command import RESULT
 from fathom.evaluate.energy import EnergyMeter
 from fathom.evaluate.evaluate import INTERRUPTED, evaluate, held_out
+from fathom.evaluate.screen import notes
 from fathom.model.checkpoint import load
 from fathom.pipeline.plan import Plan, plan_pipeline, require_what_is_elsewhere
 from fathom.pipeline.progress import PipelineProgress
@@ -182,6 +183,8 @@ class _Session:
             found = evaluate(answers, settings, model=stage.name, problems=problems, tell=tell)
         if found.stopped not in ("", INTERRUPTED):
             raise UserError(found.stopped)
+        for line in notes(found):
+            self._say(f"{stage.name}: {line}")
         text = json.dumps(found.as_json(), indent=2, ensure_ascii=False)
         write_file(folder / stage.name / RESULT, text + "\n")
         return json.loads(text)

@@ -60,6 +60,12 @@ def test_what_must_be_known_is_said(found: Evaluation) -> None:
         "raised",
         "too long",
     ]
+    cut = tuple(
+        replace(found.measurements[0], budget=budget, unread=unread)
+        for budget, unread in ((0, 0.99), (8, 0.75), (64, 0.0))
+    )
+    (line,) = notes(replace(found, measurements=(found.measurements[0], *cut)))
+    assert line.endswith("and count as wrong: 0 (99.0 %), 8 (75.0 %)")
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,12 @@ def test_a_changed_stage_is_refused_and_made_again_on_demand(file: Path, tmp_pat
     assert weights(result.folder) == weights(again.folder)
 
 
+def test_what_must_be_known_of_a_measurement_is_said(file: Path, tmp_path: Path) -> None:
+    """A random model's answers are not where the layout looks for them, and the stage says so."""
+    _, said = run(file, tmp_path)
+    assert any(line.startswith("student: modular: ") and "no answer where layout" in line for line in said.splitlines())
+
+
 def test_stages_are_changed_by_their_names(file: Path) -> None:
     """`--stage.section.field` changes that stage, `--seed` all of them, `--name` the pipeline."""
     words = ["--zero.train.steps", "7", "--seed", "5", "--name", "other", "--student.model=elsewhere"]
