@@ -10,7 +10,7 @@ import fathom
 from fathom.config.pipeline import read_pipeline
 from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.model.accounting import count_parameters
-from fathom.pipeline.run import remove_pipeline, run_pipeline
+from fathom.pipeline.run import run_pipeline
 from fathom.recipe_verbs import add_report
 from fathom.report.command import fathom_command
 from fathom.report.cost import money
@@ -28,12 +28,8 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
     """Make `recipes/r1.toml`, or go on where it stopped; then what was made, what it says, and a report of it."""
     file = shipped_recipe(_PIPELINE)
     pipeline = read_pipeline(file, ["--name", "quickstart", *overrides])
-    if fresh:
-        remove_pipeline(Path("runs") / pipeline.name)
-    result = run_pipeline(pipeline, file.parent)
+    result = run_pipeline(pipeline, file.parent, fresh=fresh)
     if result.interrupted:
-        if fresh:
-            print("fathom: to go on, run it without --fresh, which would begin anew", file=sys.stderr)
         return INTERRUPTED
     story = Story.read(result.folder)
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -55,14 +51,15 @@ def quickstart(overrides: list[str], *, fresh: bool) -> int:
 
 
 def shipped_recipe(name: str) -> Path:
-    """The recipe of that name as shipped: inside an installed package, or beside it in a clone. Raises `UserError`."""
+    """The pipeline of that name which is shipped, inside a package or beside it in a clone. Raises `UserError`."""
     package = Path(fathom.__file__).parent
     folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
-    for folder in folders:
-        if (file := folder / f"{name}.toml").is_file():
-            return file
-    known = sorted(file.stem for folder in folders for file in folder.glob("*.toml"))
-    raise UserError(f"recipes: no '{name}'{nearest(name, known)}; there are: {', '.join(known) or 'none'}")
+    files = [file for folder in folders for file in folder.glob("*.toml")]
+    known = {file.stem: file for file in files if "[[stages]]" in file.read_text(encoding="utf-8")}
+    if name in known:
+        return known[name]
+    told = ", ".join(sorted(known)) or "none"
+    raise UserError(f"recipes: no pipeline '{name}'{nearest(name, known)}; there are: {told}")
 
 
 def _show(dialogue: Dialogue, console: Console) -> None:

@@ -88,17 +88,24 @@ def test_quickstart_goes_on_where_it_was_stopped(
 
 
 def test_fresh_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--fresh deletes the pipeline with its stages, and nothing that is no pipeline's."""
+    """--fresh is asked of the pipeline, and nothing else begins anew."""
     monkeypatch.chdir(tmp_path)
-    for name in ("quickstart", "mine"):
-        (tmp_path / "runs" / name / "base").mkdir(parents=True)
-        (tmp_path / "runs" / name / "base" / "notes.txt").write_text("")
-    (tmp_path / "runs" / "quickstart" / "pipeline.json").write_text("{}")
-    made = []
-    monkeypatch.setattr("fathom.quickstart.run_pipeline", lambda pipeline, beside: made.append(pipeline) or stopped)
-    stopped = type("Result", (), {"interrupted": True})()
+    made, stopped = [], type("Result", (), {"interrupted": True})()
+    monkeypatch.setattr(
+        "fathom.quickstart.run_pipeline",
+        lambda pipeline, beside, *, fresh: made.append((pipeline.name, fresh)) or stopped,
+    )
     assert main(["quickstart", "--fresh"]) == 130
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
-    assert main(["quickstart", "--fresh", "--name", "mine"]) == 130
-    assert (tmp_path / "runs" / "mine" / "base" / "notes.txt").exists()
-    assert [pipeline.name for pipeline in made] == ["quickstart", "mine"]
+    assert main(["quickstart", "--name", "mine"]) == 130
+    assert made == [("quickstart", True), ("mine", False)]
+
+
+def test_a_pipeline_is_named_or_is_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`fathom recipe` takes the name of one that is shipped, or a file, alone or behind a name; of other recipes it
+    speaks as of none."""
+    file = shipped_recipe("r1")
+    for words in (["r1"], [str(file)], ["mine", str(file)]):
+        assert main(["recipe", *words, "--dry-run"]) == 0
+        assert "13 stages of 13" in capsys.readouterr().out
+    assert main(["recipe", "zero-base"]) == 2
+    assert capsys.readouterr().err.endswith("no pipeline 'zero-base'; there are: r1, r1-smollm2\n")

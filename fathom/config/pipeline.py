@@ -32,7 +32,7 @@ import tomli_w
 from pydantic import Field, field_validator, model_validator
 
 from fathom.config.evaluation import EvaluationSettings
-from fathom.config.recipe import PretrainRecipe, Recipe, flag_pairs, flag_value, override, unset_optional
+from fathom.config.recipe import PretrainRecipe, Recipe, flag_pairs, flag_value, override, unset_optional, verb_of
 from fathom.config.rewards import Layout
 from fathom.config.rl import PromptSection, RLRecipe
 from fathom.config.section import Section, field_type
@@ -62,6 +62,7 @@ KINDS: Mapping[str, type[Recipe]] = {
 }
 """What a stage's recipe is, by its verb."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_STAGE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _REFERENCE = re.compile(r"@([A-Za-z0-9_][A-Za-z0-9_.-]*)(/.*)?", re.DOTALL)
 
 
@@ -88,8 +89,8 @@ class StageSection(Section):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError("a stage's name is a folder's name: letters, digits, '-', '_' and '.'")
+        if not _STAGE.fullmatch(name):
+            raise ValueError("a stage's name is a folder's, and stands before its fields: letters, digits, '-' and '_'")
         return name
 
     @model_validator(mode="after")
@@ -109,7 +110,7 @@ class StageSection(Section):
             return {}
         where, file = f"stage {self.name}", beside / self.recipe
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"{where}: recipe {file}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -215,11 +216,13 @@ def read_pipeline(path: Path, words: list[str]) -> Pipeline:
     """The pipeline in a TOML file, changed by `--section.field value` and `--stage.section.field value` pairs. Raises
     `UserError`."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read as a pipeline ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
+    if (verb := verb_of(values)) not in (None, "recipe"):
+        raise UserError(f"{path}: is a recipe for 'fathom {verb}', not a pipeline's")
     pipeline = Pipeline.parse(unset_optional(values, Pipeline), where=str(path))
     stages = {stage.name: stage for stage in pipeline.stages}
     for key, text in flag_pairs(words):

@@ -269,7 +269,7 @@ def read_recipe(path: Path, overrides: list[str], kind: type[AnyRecipe] = Pretra
     In both, the text `none` unsets an optional field (TOML has no null): `--model.q_lora_rank none`.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
     except OSError as error:
@@ -278,7 +278,7 @@ def read_recipe(path: Path, overrides: list[str], kind: type[AnyRecipe] = Pretra
         raise UserError(f"{path}: cannot be read as a recipe ({error.strerror}){hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    if (verb := _verb_of(values)) not in (None, kind.VERB):
+    if (verb := verb_of(values)) not in (None, kind.VERB):
         raise UserError(f"{path}: is a recipe for 'fathom {verb}'")
     flags = {key.replace("-", "_"): text for key, text in flag_pairs(overrides)}
     for key, text in flags.items():
@@ -319,7 +319,7 @@ def _toml(value: Any) -> str:
     return tomli_w.dumps({"value": "none" if value is None else value}).removeprefix("value = ").rstrip("\n")
 
 
-def _verb_of(values: Mapping[str, Any]) -> str | None:
+def verb_of(values: Mapping[str, Any]) -> str | None:
     """The command that a file is for, by what no other command's recipe has; None where nothing tells."""
     data = values.get("data")
     marks = {

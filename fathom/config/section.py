@@ -53,13 +53,20 @@ class Section(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             said: dict[str, list[str]] = {}
-            for mistake in error.errors()[:3]:
+            for mistake in _of_their_own(error)[:3]:
                 said.setdefault(_origin(mistake, where, flags), []).append(_explain(cls, mistake))
             raise UserError("; ".join(f"{place}: {'; '.join(lines)}" for place, lines in said.items())) from None
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def _of_their_own(error: ValidationError) -> list[ErrorDetails]:
+    """Its mistakes, but for lists that are too short only because what they hold is mistaken."""
+    found = error.errors()
+    held = {mistake["loc"][:end] for mistake in found for end in range(len(mistake["loc"]))}
+    return [mistake for mistake in found if mistake["type"] != "too_short" or mistake["loc"] not in held]
 
 
 def field_type(cls: type[BaseModel], path: Sequence[int | str]) -> Any:

@@ -13,9 +13,10 @@ Every answer of an assistant is one `Turn`: the chat template's text of all that
 answer, exactly as it would be asked at inference; and the answer, thought first, to the token that ends it.
 """
 
+import functools
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ from typing import Any
 from fathom.data.chat import CLOSING, OPENING, REASONING_FIELDS
 from fathom.data.template_encoding import TemplateEncoder
 from fathom.data.tokenizer import Tokenizer
-from fathom.errors import UserError
+from fathom.errors import UserError, nearest
 
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES = ("system", "user", "assistant", "developer")
+_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools")
+"""What is looked at of a row."""
+_SPOKEN = ("content", *REASONING_FIELDS)
+"""What of a message is said; a key that is nearly one of these, and none of them, is a slip."""
+_NEARLY = 0.8
+
+_UNKNOWN = "no 'messages', 'conversations' or 'prompt' and 'completion'"
 
 Message = Mapping[str, Any]
 
@@ -41,8 +49,8 @@ class Conversation:
 
     @property
     def question(self) -> str:
-        """What people said first; rows with the same are about the same."""
-        return next((m["content"] for m in self.messages if m["role"] == "user"), "")
+        """What people said first, or the system where they say nothing; rows with the same are about the same."""
+        return next((m["content"] for m in self.messages if m["role"] == "user"), self.messages[0]["content"])
 
     def with_system(self, text: str) -> "Conversation":
         """The same behind a system message of `text`, where it has none and `text` is not empty."""
@@ -161,12 +169,31 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+            number, names = 0, table.schema_arrow.names
+            if not (known := [name for name in _COLUMNS if name in names]):
+                raise UserError(f"{path}: {_UNKNOWN}; its columns are {_named(names)}")
+            # Others may hold what Python has no value for, such as a time of nanoseconds.
+            for batch in table.iter_batches(batch_size=256, columns=known):
+                for row in _rows_of(batch, f"{path}:{number + 1}"):
                     yield (number := number + 1), row
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no Parquet file, or damaged ({str(error).splitlines()[0]})") from None
+
+
+def _rows_of(batch: Any, where: str) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"{where}: this row, or one of the {len(batch) - 1} after it, holds a value that cannot be read "
+            f"({str(error).splitlines()[0]}); write the conversations alone"
+        ) from None
+
+
+def _named(names: Iterable[Any]) -> str:
+    return ", ".join(str(name).encode(errors="replace").decode() for name in names) or "nothing"
 
 
 def _messages(row: Any, where: str) -> Iterator[dict[str, Any]]:
@@ -184,8 +211,7 @@ def _messages(row: Any, where: str) -> Iterator[dict[str, Any]]:
             *_said(row["completion"], "assistant", "completion", where),
         ]
     else:
-        has = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"{where}: no 'messages', 'conversations' or 'prompt' and 'completion'; the row has {has}")
+        raise UserError(f"{where}: {_UNKNOWN}; the row has {_named(row)}")
     found = [_checked(message, where) for message in _list(found, "messages", where)]
     if not any(message["role"] == "assistant" for message in found):
         raise UserError(f"{where}: no message of an assistant, so there is nothing to learn; leave the row out")
@@ -199,7 +225,7 @@ def _said(value: Any, role: str, key: str, where: str) -> Sequence[Any]:
 
 
 def _sharegpt(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping) or entry.get("from") not in list(_SHAREGPT):
+    if not isinstance(entry, Mapping) or entry.get("from") not in list(_SHAREGPT) or entry.get("value") is None:
         raise UserError(f"{where}: 'conversations' has entries with 'from' ({', '.join(_SHAREGPT)}) and 'value'")
     return {"role": _SHAREGPT[entry["from"]], "content": entry.get("value")}
 
@@ -210,6 +236,24 @@ def _list(found: Any, key: str, where: str) -> Sequence[Any]:
     return found
 
 
+@functools.lru_cache
+def _meant(key: str) -> str:
+    return nearest(key, _SPOKEN, cutoff=_NEARLY)
+
+
+def _check_keys(message: Message, where: str) -> None:
+    """Raises `UserError` for a message that says what it says under another name, and would be learnt without it."""
+    for key in message:
+        if key not in _SPOKEN and (meant := _meant(key)):
+            raise UserError(f"{where}: a message has {_named([key])!r}, which is not read{meant}")
+    if message["role"] != "assistant" and "content" not in message:
+        raise UserError(f"{where}: a message of role {message['role']!r} has no 'content'; it has {_named(message)}")
+    try:
+        json.dumps(message, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a message holds half a character, which is no text; write the whole one") from None
+
+
 def _checked(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
         role = message.get("role") if isinstance(message, Mapping) else None
@@ -217,15 +261,12 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     if message.get("tool_calls"):
         raise UserError(f"{where}: an assistant calls tools, which is not learnt here; leave the row out")
     kept = {key: value for key, value in message.items() if value is not None}
+    _check_keys(kept, where)
     thought = next((kept.pop(key) for key in REASONING_FIELDS if kept.get(key)), "")
     content = kept.get("content", "")
     for key, text in (("thought", thought), ("content", content)):
         if not isinstance(text, str):
             raise UserError(f"{where}: a message's {key} is {json.dumps(text, default=str)[:40]}, not a text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: a message's {key} holds half a character and is no text") from None
     if kept["role"] == "assistant":
         if not thought and content.lstrip().startswith(OPENING) and CLOSING in content:
             thought, _, content = content.lstrip().removeprefix(OPENING).partition(CLOSING)

@@ -7,6 +7,9 @@
 So a model trained on it can reason, and does not always: what reinforcement learning then has to find out is that
 reasoning pays. Only training problems are used, never held-out ones, and every answer is checked by the task's own rule
 before it is written.
+
+A step may be a short problem as a whole: all of `modular`'s level 1, held out or not, stand in the thoughts about
+longer chains, so that how many of them are solved says what was learnt by heart. Longer problems do not come as steps.
 """
 
 import random

@@ -1,8 +1,8 @@
 """An OpenAI-compatible endpoint over HTTP: which models it has, and completions as events, with failures told apart.
 
 What a failure means for whoever asked is decided here, once. `Dropped`: another try may succeed (nobody answered, the
-connection ended or fell silent, 408, 429, 500, 502, 503, 504, an engine that failed). `Refused`: it will not (the
-request, the key, the model or the address is wrong, or what answers is no such endpoint).
+connection ended or fell silent, 408, 429, 500, 502 to 504 and their like, an engine that failed). `Refused`: it will
+not (the request, the key, the model or the address is wrong, or what answers is no such endpoint).
 
 The client is httpx, which OpenAI's own library is built on: pooled connections, TLS, proxies, compression and what
 servers really send are solved there, and the standard library has none of it for an event loop. Only bytes are taken
@@ -17,9 +17,10 @@ import logging
 import os
 import random
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,9 +36,14 @@ if TYPE_CHECKING:  # an extra
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 _Model = TypeVar("_Model", bound=BaseModel)
+_NO_ADDRESS = "url (in a recipe endpoint): is no address; give one like http://127.0.0.1:8000/v1"
 _KEY = re.compile(r"[!-~]+")
 _CONNECT_SECONDS = 10.0
-_RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+_NO_NEWS_SECONDS = 3600.0
+"""How long a stream may say nothing but that it is alive."""
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529})
+"""Those from 520 on are what proxies say of a server behind them, and 529 what one says that has too much to do."""
 _OF_REQUEST = frozenset({400, 413, 422})
 _OF_KEY = frozenset({401, 403})
 _LONGEST_LINE = 2**24
@@ -69,8 +75,9 @@ class RemoteSettings(Section):
     longest_wait_seconds: float = Field(default=60.0, gt=0)
     """An endpoint that asks for a longer wait than this (`Retry-After`) is given up."""
     stall_seconds: float = Field(default=120.0, gt=0)
-    """A stream that is silent for so long counts as dropped. vLLM is silent while a request waits for its turn, and for
-    ever on connections that are open when it is told to end."""
+    """A stream that brings no whole line for so long counts as dropped, and so does an answer that is no stream and is
+    not all there by then. vLLM is silent while a request waits for its turn, and for ever on connections that are open
+    when it is told to end."""
 
 
 class Dropped(Exception):
@@ -123,12 +130,15 @@ class EventUsage(_Answer):
     prompt_tokens_details: PromptDetails | None = None
 
 
-class Event(_Answer):
+class _Report(_Answer):
+    error: Any = None
+
+
+class Event(_Report):
     """One event of a stream."""
 
     choices: list[Choice] = []
     usage: EventUsage | None = None
-    error: Any = None
 
 
 class ServedModel(_Answer):
@@ -163,6 +173,10 @@ class Endpoint:
             raise UserError(
                 f"a remote engine needs the package {error.name}: pip install 'fathom-lm[remote]'"
             ) from None
+        try:
+            _ = httpx.URL(self.url).host
+        except (httpx.InvalidURL, UnicodeError):
+            raise UserError(_NO_ADDRESS) from None
         self._httpx = httpx
         self._in_trouble = False  # said once, until something succeeds again
         self._client = httpx.AsyncClient(
@@ -186,8 +200,7 @@ class Endpoint:
         where = f"{self.url}/models"
 
         async def ask() -> list[ServedModel]:
-            async with self._answer("GET", where) as answer:
-                return _parsed(_ModelList, await _body(answer, where), where).data
+            return (await self._whole("GET", where, None, _ModelList)).data
 
         try:
             models = await self.patiently(ask)
@@ -200,8 +213,7 @@ class Endpoint:
         listed = ", ".join(f"'{name}'" for name in names[:10]) or "none"
         if wanted is None:
             raise UserError(
-                f"{where}: say which model is meant (model, --model-name, in a recipe rollout.endpoint_model); it has "
-                f"{listed}"
+                f"{where}: say which model is meant (model, --model-name, in a recipe endpoint_model); it has {listed}"
             )
         if wanted not in names:
             raise UserError(f"{where}: there is no model '{wanted}'{nearest(wanted, names)}; it has {listed}")
@@ -220,9 +232,11 @@ class Endpoint:
                     f"{where}: answered with '{kind[:60]}' where a stream of events was asked for; check the address, "
                     "which must be an OpenAI-compatible server's"
                 )
-            async with aclosing(_lines(answer, where)) as lines:
+            async with aclosing(_lines(answer, where, self._settings.stall_seconds)) as lines:
+                news = time.monotonic()
                 async for line in lines:
                     if line.startswith(b"data:"):
+                        news = time.monotonic()
                         data = line.removeprefix(b"data:").strip()
                         if data == b"[DONE]":
                             await _rest(lines)
@@ -230,12 +244,22 @@ class Endpoint:
                         yield self._event(data, where)
                     elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
                         raise Refused(f"{where}: sent what is no stream of events: {_quoted(line)}")
+                    elif time.monotonic() - news > _NO_NEWS_SECONDS:
+                        raise Dropped(
+                            f"{where}: says that it is alive, and for {_NO_NEWS_SECONDS:g} s nothing else; look what "
+                            "the server waits for"
+                        )
 
     async def whole(self, path: str, body: dict[str, Any], kind: type[_Model]) -> _Model:
         """What `path` answers to `body`, all at once. Raises `Dropped` and `Refused`."""
-        where = f"{self.url}/{path}"
-        async with self._answer("POST", where, body) as answer:
-            return _parsed(kind, await _body(answer, where), where)
+        return await self._whole("POST", f"{self.url}/{path}", body, kind)
+
+    async def _whole(self, method: str, where: str, body: dict[str, Any] | None, kind: type[_Model]) -> _Model:
+        async with _within(self._settings.stall_seconds, where), self._answer(method, where, body) as answer:
+            data = await _body(answer, where)
+            if error := _parsed(_Report, data, where).error:  # by some servers with a status of 200
+                raise self._reported(error, data, where)
+            return _parsed(kind, data, where)
 
     async def patiently(
         self, attempt: Callable[[], Awaitable[_Value]], progress: Callable[[], int] = lambda: 0
@@ -278,11 +302,18 @@ class Endpoint:
     ) -> AsyncIterator["httpx.Response"]:
         """An answer of status 200, to be read as it comes. Raises `Dropped` and `Refused`, also while it is read."""
         try:
-            async with self._client.stream(method, where, json=body) as answer:
-                if answer.status_code != 200:
-                    raise self._failure(where, answer, await _body(answer, where))
+            async with AsyncExitStack() as stack:
+                async with _within(self._settings.stall_seconds, where):
+                    answer = await stack.enter_async_context(self._client.stream(method, where, json=body))
+                    if answer.status_code != 200:
+                        raise self._failure(where, answer, await _body(answer, where))
                 yield answer
         except self._httpx.RequestError as error:
+            if reason := _insecure(error):
+                raise Refused(
+                    f"{where}: no secure connection ({reason}); put the address right (http:// or https://), or the "
+                    "server's certificate"
+                ) from None
             raise Dropped(f"{where}: {self._what_happened(error)}") from None
 
     def _what_happened(self, error: "httpx.RequestError") -> str:
@@ -290,7 +321,7 @@ class Endpoint:
             reason = _one_line(str(error)) or type(error).__name__
             return f"nobody answers there ({reason}); start the server, or put the address right"
         if isinstance(error, self._httpx.TimeoutException):
-            return f"silent for {self._settings.stall_seconds:g} s; look whether the server still works"
+            return _silent(self._settings.stall_seconds)
         return f"the connection broke off ({_one_line(str(error)) or type(error).__name__})"
 
     def _failure(self, where: str, answer: "httpx.Response", body: bytes) -> Dropped | Refused:
@@ -303,20 +334,24 @@ class Endpoint:
         if reason := _reason(body):
             told = f"{told}: {reason}"
         if status in _OF_KEY:
-            told = f"{told}; give the server's key (api_key_env, --key-env, in a recipe rollout.endpoint_key_env)"
+            told = f"{told}; give the server's key (api_key_env, --key-env, in a recipe endpoint_key_env)"
         if status in _RETRIED:
             return Dropped(told, wait_seconds=_retry_after(answer.headers.get("retry-after", "")))
         return Refused(told, "request" if status in _OF_REQUEST else "engine")
 
     def _event(self, data: bytes, where: str) -> Event:
         event = _parsed(Event, data, where)
-        if event.error is None:
-            return event
+        if event.error is not None:
+            raise self._reported(event.error, data, where)
+        return event
+
+    def _reported(self, error: Any, data: bytes, where: str) -> Dropped | Refused:
+        """What an error means that stands in an answer, `data`."""
         told = f"{where}: {_reason(data) or 'it reports an error without a message'}"
-        error = event.error if isinstance(event.error, dict) else {}
-        if error.get("type") == "invalid_request_error" or error.get("code") in _OF_REQUEST:
-            raise Refused(told, "request")
-        raise Dropped(told)
+        known = error if isinstance(error, dict) else {}
+        if known.get("type") == "invalid_request_error" or known.get("code") in _OF_REQUEST:
+            return Refused(told, "request")
+        return Dropped(told)
 
 
 def _base(url: str) -> str:
@@ -326,11 +361,11 @@ def _base(url: str) -> str:
     except ValueError:
         meant = False
     if not meant or parts.query or parts.fragment or not url.isascii() or re.search(r"\s", url):
-        raise UserError("url (in a recipe rollout.endpoint): is no address; give one like http://127.0.0.1:8000/v1")
+        raise UserError(_NO_ADDRESS)
     if parts.username or parts.password:
         raise UserError(
-            "url (in a recipe rollout.endpoint): has a name or password in it; put the key into an environment "
-            "variable, and give that one's name (api_key_env, --key-env, in a recipe rollout.endpoint_key_env)"
+            "url (in a recipe endpoint): has a name or password in it; put the key into an environment "
+            "variable, and give that one's name (api_key_env, --key-env, in a recipe endpoint_key_env)"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
@@ -342,22 +377,53 @@ def _key(variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            "api_key_env (--key-env, in a recipe rollout.endpoint_key_env): there is no such environment variable, or "
+            "api_key_env (--key-env, in a recipe endpoint_key_env): there is no such environment variable, or "
             "it is empty; give its name, not the key"
         )
     if not _KEY.fullmatch(key):
         raise UserError(
-            "api_key_env (--key-env, in a recipe rollout.endpoint_key_env): the key in this environment variable has "
+            "api_key_env (--key-env, in a recipe endpoint_key_env): the key in this environment variable has "
             "white space in it or is not ASCII; put the key alone there"
         )
     return key
 
 
-async def _lines(answer: "httpx.Response", where: str) -> AsyncIterator[bytes]:
-    """Whole lines as they come; one that the end of the answer cuts off is none."""
-    rest = b""
+@asynccontextmanager
+async def _within(seconds: float, where: str) -> AsyncIterator[None]:
+    """Raises `Dropped` where the block takes longer: bytes may come one by one, and every one of them in time."""
+    try:
+        # The client, which waits for so long for each byte, says first what is missing.
+        async with asyncio.timeout(_CONNECT_SECONDS + seconds):
+            yield
+    except TimeoutError:
+        raise Dropped(f"{where}: {_silent(seconds)}") from None
+
+
+def _silent(seconds: float) -> str:
+    return (
+        f"silent for {seconds:g} s, or not done by then; look whether the server still works, or be more patient with "
+        "it (stall_seconds, --patience)"
+    )
+
+
+def _insecure(error: BaseException | None) -> str:
+    """What is wrong with the encryption, where that is why there is no connection."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return _one_line(str(error)) or type(error).__name__
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+async def _lines(answer: "httpx.Response", where: str, patience: float) -> AsyncIterator[bytes]:
+    """Whole lines as they come, each within so many seconds; one that the end of the answer cuts off is none."""
+    rest, begun = b"", time.monotonic()
     async for data in answer.aiter_bytes():
         *whole, rest = (rest + data).split(b"\n")
+        if whole:
+            begun = time.monotonic()
+        elif time.monotonic() - begun > patience:
+            raise Dropped(f"{where}: {_silent(patience)}")
         for line in whole:
             yield line.rstrip(b"\r")
         if len(rest) > _LONGEST_LINE:
@@ -383,12 +449,23 @@ async def _body(answer: "httpx.Response", where: str) -> bytes:
 
 def _parsed(kind: type[_Model], data: bytes, where: str) -> _Model:
     try:
-        return kind.model_validate_json(data)
+        return kind.model_validate_json(_without_halves(data))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         reason = _one_line(f"{place}: {first['msg']}" if place else first["msg"])
         raise Refused(f"{where}: sent what cannot be read ({reason}): {_quoted(data)}") from None
+
+
+def _without_halves(data: bytes) -> bytes:
+    """JSON that spells halves of characters, as Python writes a text that was cut in one, with marks in their place."""
+    if _HALF.search(data) is None:
+        return data
+    try:
+        text = json.dumps(json.loads(data), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return data
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _reason(body: bytes) -> str:

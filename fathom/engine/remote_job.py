@@ -173,7 +173,7 @@ class Job:
         if unknown := [token for token in ids if token >= self._vocab_size]:
             raise Refused(
                 f"{where}: has drawn token {unknown[0]}, but this model's vocabulary has {self._vocab_size}; serve the "
-                "very model that asks, or name it (in a recipe rollout.endpoint_model)"
+                "very model that asks, or name it (in a recipe endpoint_model)"
             )
         logprobs = self._logprobs(ids, choice.logprobs, where)
         for token, logprob in zip(ids, logprobs, strict=True):
@@ -186,7 +186,7 @@ class Job:
             elif token != self.tokens[self._place - 1]:
                 raise Refused(
                     f"{where}: a connection broke off, and the same request draws other tokens now (the first is "
-                    f"number {self._place}), so the completion has to be drawn anew (in a recipe rollout.retries "
+                    f"number {self._place}), so the completion has to be drawn anew (in a recipe retries "
                     "says how often); mend what cuts connections, such as a proxy's time limit"
                 )
 

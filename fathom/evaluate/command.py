@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fathom.errors import UserError
 from fathom.options import between, open_for_text, positive, say_opening
+from fathom.scratch import partial
 
 if TYPE_CHECKING:
     from fathom.config.evaluation import EvaluationSettings
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 RESULT = "evaluation.json"
 """In the folder of a run that is evaluated."""
+SMALLER = "evaluation-smaller.json"
+"""In its place where the other says more."""
 _MODELS = ("best", "checkpoints")
 """Folders of a run that hold model folders."""
 _ENDPOINT_SECONDS = 600.0
@@ -89,7 +92,7 @@ def run_evaluation(options: argparse.Namespace) -> int:
     for line in notes(found):
         errors.print(f"fathom: {line}", soft_wrap=True)
     if target is not None:
-        _write(found, target)
+        _write(found, target if options.json is not None else _own_place(found, target))
     if found.stopped:
         ended = sum(measurement.problems for measurement in found.measurements)
         errors.print(f"fathom: {found.stopped}; above is what {ended} problems gave until then", soft_wrap=True)
@@ -103,6 +106,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     for name in ("model_name", "key_env"):
         if options.endpoint is None and getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is about --endpoint, which is not given; leave it out")
+    if options.endpoint is not None and options.dtype is not None:
+        raise UserError("--dtype is about MODEL: a server has chosen its own; leave it out")
     if (options.price_input is None) != (options.price_output is None):
         raise UserError("--price-input and --price-output go together; give both")
 
@@ -132,11 +137,13 @@ def _asked_before(path: Path) -> dict[str, Any]:
     """Fields of `EvaluationSettings` under which a pipeline measured the model at `path`, its own or a stage's, or
     under which it learnt; none where nothing tells. Raises `UserError`."""
     from fathom.config.evaluation import EvaluationSettings
+    from fathom.evaluate.written import looked_over
     from fathom.pipeline.state import measured_stage, served
 
     stage = measured_stage(path) if (whole := served(path)) is None else whole.state
     if stage is not None and stage.evaluation is not None:
-        measured = EvaluationSettings.parse(stage.evaluation["settings"], where=str(path))
+        settings = looked_over(stage.evaluation, path)["settings"]
+        measured = EvaluationSettings.parse(settings, where=str(path))
         return {name: value for name, value in measured.model_dump().items() if name in _LEARNT}
     return {} if (recipe := recipe_of(path)) is None else of_recipe(recipe)
 
@@ -178,14 +185,41 @@ def _target(options: argparse.Namespace) -> Path | None:
     """The file to write. Raises `UserError` now, and not after the work, where it cannot be."""
     if options.json is None:
         run = None if options.model is None else Path(options.model).expanduser()
-        return run / RESULT if run is not None and (run / "recipe.toml").is_file() else None
-    if options.json.suffix == ".svg":
-        raise UserError(f"{options.json}: the chart goes there; give a name that ends in .json")
-    if options.json.is_dir():
-        raise UserError(f"{options.json}: is a folder; give the name of a file")
-    if not options.json.absolute().parent.is_dir():
-        raise UserError(f"{options.json.parent}: no such folder; make it first")
-    return options.json
+        if run is None or not (run / "recipe.toml").is_file():
+            return None
+        target = run / RESULT
+    else:
+        target = options.json
+    if target.suffix == ".svg":
+        raise UserError(f"{target}: the chart goes there; give a name that ends in .json")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give the name of a file")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"{target.parent}: no such folder; make it first")
+    for file in (target, target.with_suffix(".svg")):
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder, and the chart goes there; give another name")
+        try:
+            partial(file).touch()
+            partial(file).unlink()
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be written ({error.strerror or error}); give --json another FILE"
+            ) from None
+    return target
+
+
+def _own_place(found: "Evaluation", target: Path) -> Path:
+    """`target`, or a place beside it where the run's own measurement says something that these numbers do not."""
+    from fathom.evaluate.written import is_replaced_by
+
+    if is_replaced_by(target, found.as_json()):
+        return target
+    print(
+        f"fathom: {target} holds what these numbers do not, and stays; they go beside it (--json FILE: elsewhere)",
+        file=sys.stderr,
+    )
+    return target.with_name(SMALLER)
 
 
 @contextmanager

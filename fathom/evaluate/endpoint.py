@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from fathom.config.evaluation import EvaluationSettings
 from fathom.engine.endpoint import Dropped, Endpoint, Refused, RemoteSettings
@@ -51,7 +51,7 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice]
     usage: _Usage | None = None
 
 
@@ -103,8 +103,11 @@ class EndpointAnswers:
                 f"budgets: thoughts are cut short by 'fathom serve' alone, and '{self.model.id}' is served by another "
                 "server; leave it out"
             )
-        if settings.prompt.style == "chat" and settings.prompt.opens_thought:
-            raise UserError("prompt.opens_thought: an endpoint's chat template decides whether it thinks; leave it out")
+        if settings.prompt.style == "chat" and settings.prompt.opens_thought and not self.model.of_fathom:
+            raise UserError(
+                f"prompt.opens_thought: '{self.model.id}' is served by another server than 'fathom serve', whose chat "
+                "template decides whether it thinks; leave it out"
+            )
 
     def replies(
         self, problems: Sequence[Problem], settings: EvaluationSettings, *, budget: int | None
@@ -120,6 +123,7 @@ class EndpointAnswers:
         path, body = self._request(problem, settings)
         if budget is not None:
             body["thinking_budget"] = budget
+            body.pop("enable_thinking", None)  # the budget says whether it thinks: 0 is off
         seeds = [seed_of(settings.seed, problem.key or problem.question, n) for n in range(settings.samples)]
         samples = [asyncio.ensure_future(self._answer(path, body, seed)) for seed in seeds]
         try:
@@ -144,7 +148,8 @@ class EndpointAnswers:
         }
         if prompt.style == "chat":
             content = "\n".join(part for part in (problem.question, prompt.instruction) if part)
-            return "chat/completions", {**body, "messages": [{"role": "user", "content": content}]}
+            thinks = {"enable_thinking": True} if prompt.opens_thought else {}
+            return "chat/completions", {**body, **thinks, "messages": [{"role": "user", "content": content}]}
         text = prompt.text.replace("{question}", problem.question)
         opening = OPENING if prompt.opens_thought and not _opens(text) else ""
         return "completions", {**body, "prompt": text + opening}
@@ -155,6 +160,8 @@ class EndpointAnswers:
             body = {**body, "seed": seed}
         async with self._connections:
             found = await self._endpoint.patiently(lambda: self._endpoint.whole(path, body, _Completion))
+        if not found.choices:
+            raise Refused(f"{self._endpoint.url}/{path}: gives no answer to this request (no choices)", "request")
         self._answered = True
         choice, usage = found.choices[0], found.usage or _Usage()
         details = usage.completion_tokens_details or _Details()

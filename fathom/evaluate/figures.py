@@ -7,6 +7,7 @@ from fathom.evaluate.results import Evaluation, Measurement
 from fathom.evaluate.statistics import Estimate
 from fathom.report.axis import Axis
 from fathom.report.chart import Chart, Series, draw
+from fathom.tasks.options import short_names
 
 WIDTH, HEIGHT = 720, 340
 """Of each chart."""
@@ -29,14 +30,14 @@ def draw_evaluation(evaluation: Evaluation) -> str | None:
 
 
 def _charts(evaluation: Evaluation) -> Iterator[Chart]:
-    for number, task in enumerate(evaluation.settings.tasks, start=1):
+    for number, (task, called) in enumerate(short_names(evaluation.settings.tasks).items(), start=1):
         free, cut = evaluation.free(task), evaluation.by_budget(task)
         if len(cut) > 1:
-            yield _by_budget(f"budget-{number}", task, free, cut)
+            yield _by_budget(f"budget-{number}", called, free, cut)
         if free and len(free.cons_at) > 1:
-            yield _by_samples(f"samples-{number}", task, free)
+            yield _by_samples(f"samples-{number}", called, free)
         if free and len(free.levels) > 1:
-            yield _by_level(f"levels-{number}", task, free)
+            yield _by_level(f"levels-{number}", called, free)
 
 
 def _by_budget(name: str, task: str, free: Measurement | None, cut: list[Measurement]) -> Chart:

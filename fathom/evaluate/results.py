@@ -156,6 +156,8 @@ class Measurement:
     """Why the first of them was."""
     language: float | None
     """Mean share of a thought's words that are in the problem's language; None where no thought has a word."""
+    language_thoughts: int
+    """Thoughts that have one."""
     cost: Cost
     transcripts: tuple[Transcript, ...] = ()
     """Of a few problems, the same ones for every model, the first sample each."""
@@ -257,6 +259,7 @@ def measured(
         left_out=len(left_out),
         left_out_for=left_out[0] if left_out else "",
         language=statistics.fmean(in_language) if in_language else None,
+        language_thoughts=len(in_language),
         cost=_cost(graded, spent, prices),
         transcripts=tuple(
             Transcript.of(problem, first.answer, first.reading, right=first.right)

@@ -74,7 +74,10 @@ def show(evaluation: Evaluation, console: Console) -> None:
         if cut:
             _print(
                 console,
-                _table(("thought at most", "pass@1", "tokens of thought", "of completion"), map(_budget_row, cut)),
+                _table(
+                    ("thought at most", "pass@1", "tokens of thought", "completion", "no answer"),
+                    map(_budget_row, cut),
+                ),
             )
 
 
@@ -136,7 +139,7 @@ def _budget_row(found: Measurement) -> tuple[str, ...]:
     lengths = [
         "" if spread is None else plain(spread.mean) for spread in (found.thought_tokens, found.completion_tokens)
     ]
-    return str(found.budget), _share(found.pass_at_1), *lengths
+    return str(found.budget), _share(found.pass_at_1), *lengths, _percent(found.unread)
 
 
 def _at(found: Mapping[int, Estimate], k: int) -> str:

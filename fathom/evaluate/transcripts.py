@@ -29,7 +29,9 @@ class Transcript:
     def of(cls, problem: Problem, answer: Answer, reading: Reading, *, right: bool) -> "Transcript":
         """What `reading` found in `answer`."""
         thought, said = (reading.thought, reading.answer) if reading.answer is not None else ("", answer.text)
-        question, thought, said = (shortened(text, LONGEST) for text in (problem.question, thought, said))
+        texts = (problem.question, thought, said)
+        # A server may send half a character, which no file can hold.
+        question, thought, said = (shortened(text.encode(errors="replace").decode(), LONGEST) for text in texts)
         return cls(question, thought, said, right, problem.level)
 
 

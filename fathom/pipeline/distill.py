@@ -111,7 +111,7 @@ def pipeline_of(recipe: DistillRecipe) -> Pipeline:
 def dry_run(recipe: DistillRecipe, *, console: Console | None = None, runs: Path = Path("runs")) -> None:
     """Print the resolved recipe, a sentence to every field, and its stages; fetch and write nothing.
 
-    Raises `UserError` for what a run would refuse before its first stage, but for models, which are not looked at.
+    Raises `UserError` for what a run would refuse before its first stage, but for models that are not there yet.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     recipe = resolved(recipe)

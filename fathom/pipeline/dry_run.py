@@ -12,6 +12,7 @@ from fathom.config.recipe import PretrainRecipe, Recipe
 from fathom.config.rl import RLRecipe
 from fathom.config.sft import SFTRecipe
 from fathom.config.synth import SynthRecipe
+from fathom.pipeline.foresight import require_what_is_elsewhere, require_what_is_here
 from fathom.pipeline.plan import Plan, plan_pipeline
 from fathom.report.tables import count, plural
 from fathom.tasks.mixture import BETWEEN
@@ -25,9 +26,11 @@ _NAMED = 3
 
 def dry_run(pipeline: Pipeline, beside: Path, *, console: Console | None = None, runs: Path = Path("runs")) -> None:
     """Print the stages; fetch and write nothing. Raises `UserError` for what a run would refuse before its first
-    stage, but for models and rows from elsewhere, which are not looked at."""
+    stage, but for models that are not on this machine yet, which are taken to be right."""
     console = console or Console(highlight=False, soft_wrap=True)
     plan = plan_pipeline(pipeline, beside, runs)
+    require_what_is_here(plan)
+    require_what_is_elsewhere(plan, fetch=False)
     table = Table(box=None, pad_edge=False, show_edge=False)
     for heading in ("stage", "verb", "reads", "does", "measured with", "minutes", ""):
         table.add_column(heading, justify="right" if heading == "minutes" else "left", overflow="fold")
@@ -92,4 +95,6 @@ def _standing(plan: Plan, stage: StageSection) -> str:
         return "changed, needs --redo"
     if stage.name not in plan.before:
         return ""
+    if stage.name in plan.outdated:
+        return "finished, to be measured again"
     return "finished" if stage.name in plan.finished else "begun"

@@ -10,14 +10,13 @@ from typing import Any
 from fathom.config.evaluation import EvaluationSettings
 from fathom.config.pipeline import ModelRecipe, Pipeline
 from fathom.config.recipe import Recipe, read_recipe
-from fathom.config.sft import SFTRecipe
 from fathom.config.synth import DecontaminationSection, SynthRecipe
 from fathom.errors import UserError
 from fathom.evaluate.evaluate import held_out
-from fathom.pipeline.state import StageState, read_state
+from fathom.pipeline.state import STATE, StageState, read_state
 from fathom.synth.decontamination import HeldOut, refuse_contaminated
 from fathom.synth.plan import resolved
-from fathom.train.run import RunFolder, changed_fields, model_folder
+from fathom.train.run import RunFolder, changed_fields
 
 _INERT = ("checkpoint", "eval")
 """Sections of a recipe that do not change what its run ends with."""
@@ -45,12 +44,29 @@ class Plan:
     """By stage, of those that yield a model."""
     questions: tuple[str, ...]
     """All held-out problems that anything is measured with."""
+    asked: dict[str, str]
+    """By stage, of those that yield a model: equal for stages that are measured with the same problems."""
     fingerprints: dict[str, Fingerprint]
     """By stage."""
     before: dict[str, StageState]
     """What earlier sessions have begun and finished."""
     stale: tuple[str, ...]
     """Stages of these that cannot be gone on with: made by another recipe, or on another stage."""
+
+    @property
+    def outdated(self) -> tuple[str, ...]:
+        """Finished stages whose models are to be measured again, for they were measured otherwise than they are now."""
+        return tuple(name for name in self.finished if name in self.settings and not self._holds(name))
+
+    def _holds(self, name: str) -> bool:
+        """Whether the measurement of a finished stage is the one that it would get now."""
+        before = self.before[name]
+        if before.evaluation is None or before.asked not in ("", self.asked[name]):
+            return False
+        try:
+            return EvaluationSettings.parse(before.evaluation["settings"], where=name) == self.settings[name]
+        except UserError:  # of an older Fathom
+            return False
 
     @property
     def finished(self) -> tuple[str, ...]:
@@ -63,9 +79,9 @@ class Plan:
         refuse_contaminated(files, held_out, where="data.files")
 
 
-def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path) -> Plan:
+def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path, *, fresh: bool = False) -> Plan:
     """Read everything that the stages of `pipeline` will, but for what they make themselves: a mistake in the last
-    should not cost an hour. Raises `UserError`; changes nothing."""
+    should not cost an hour. With `fresh` as if nothing had been made before. Raises `UserError`; changes nothing."""
     folder = runs / pipeline.name
     recipes = pipeline.recipes(folder, beside)
     settings = {
@@ -73,7 +89,11 @@ def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path) -> Plan:
     }
     if RunFolder(folder).recipe.exists():
         raise UserError(f"{folder}: is a single run, not a pipeline's; give the pipeline another --name")
-    questions, fingerprints, before = _questions(settings), _fingerprints(pipeline, recipes), read_state(folder)
+    asked = _asked(settings)
+    if not (fresh and (folder / STATE).exists()):
+        _refuse_others(folder, recipes, read_state(folder))
+    questions = tuple(dict.fromkeys(question for own in asked.values() for question in own))
+    fingerprints, before = _fingerprints(pipeline, recipes), {} if fresh else read_state(folder)
     stale = tuple(
         name
         for name, own in fingerprints.items()
@@ -81,23 +101,14 @@ def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path) -> Plan:
         and before[name].fingerprint != own.whole
         and not _can_go_on(folder / name, recipes[name], before[name], own)
     )
-    return Plan(pipeline, folder, recipes, settings, questions, fingerprints, before, stale)
+    digests = {name: _digest(list(own)) for name, own in asked.items()}
+    return Plan(pipeline, folder, recipes, settings, questions, digests, fingerprints, before, stale)
 
 
-def require_what_is_elsewhere(plan: Plan) -> None:
-    """Fetch models and look over rows that stages take from outside the pipeline. Raises `UserError` where one is not
-    to be had, or not to be learnt."""
-    for stage in plan.pipeline.stages:
-        recipe = plan.recipes[stage.name]
-        if stage.name in plan.finished:
-            continue
-        try:
-            if isinstance(recipe, ModelRecipe) and not stage.references:
-                model_folder(recipe.model)
-            elif isinstance(recipe, SFTRecipe):
-                plan.refuse_contaminated([f for f in recipe.data.files if not Path(f).is_relative_to(plan.folder)])
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from None
+def _refuse_others(folder: Path, recipes: Mapping[str, Recipe], before: Mapping[str, StageState]) -> None:
+    for name in recipes:
+        if name not in before and (folder / name).exists():
+            raise UserError(f"{folder / name}: is there and was not made by this pipeline; remove it yourself")
 
 
 def _can_go_on(run: Path, recipe: Recipe, before: StageState, now: Fingerprint) -> bool:
@@ -113,11 +124,16 @@ def _can_go_on(run: Path, recipe: Recipe, before: StageState, now: Fingerprint) 
         return False
 
 
-def _questions(settings: Mapping[str, EvaluationSettings]) -> tuple[str, ...]:
-    """Of all measurements, each once."""
-    different = {(own.tasks, own.levels, own.problems, own.seed): own for own in settings.values()}
-    found = [problems for own in different.values() for problems in held_out(own).values()]
-    return tuple(dict.fromkeys(problem.question for problems in found for problem in problems))
+def _asked(settings: Mapping[str, EvaluationSettings]) -> dict[str, tuple[str, ...]]:
+    """The questions of each measurement."""
+    drawn: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    found = {}
+    for name, own in settings.items():
+        which = (own.tasks, own.levels, own.problems, own.seed)
+        if which not in drawn:
+            drawn[which] = tuple(problem.question for problems in held_out(own).values() for problem in problems)
+        found[name] = drawn[which]
+    return found
 
 
 def _fingerprints(pipeline: Pipeline, recipes: Mapping[str, Recipe]) -> dict[str, Fingerprint]:

@@ -6,6 +6,7 @@ over what was foreseen for it, so the time left is what is foreseen for the rest
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from fathom.config.evaluation import EvaluationSettings
 from fathom.config.pipeline import StageSection
@@ -25,21 +26,34 @@ class PipelineProgress:
         states: Mapping[str, StageState],
         *,
         record: Callable[[], None],
+        again: Mapping[str, EvaluationSettings] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`states` are looked into whenever asked; `record` is called now and then while a stage is under way."""
+        """`states` are looked into whenever asked; `record` is called now and then while a stage is under way. The
+        stages of `again` are finished, and are only to be measured so in their turn."""
         self._stages, self._states, self._record, self._clock = stages, states, record, clock
         self._minutes = {stage.name: stage.minutes for stage in stages if stage.minutes is not None}
         self._recorded = clock()
         self._stage = stages[0]
         self._done, self._measuring, self._start, self._width = 0.0, 0.0, 0.0, 1.0
         self._first: tuple[float, float] | None = None
+        self._again = {name: self._seconds_of_measuring(settings) or 0.0 for name, settings in again.items()}
+
+    @property
+    def done(self) -> float:
+        """Of the stage that is under way."""
+        return self._done
 
     def begin(self, stage: StageSection, settings: EvaluationSettings | None) -> None:
         """A stage begins, which is then measured with `settings`."""
-        self._stage, self._done, self._first = stage, 0.0, None
+        self._stage, self._first = stage, None
+        self._done = self._states[stage.name].done if stage.name in self._states else 0.0
         self._measuring = 1.0 if stage.verb == "model" else self._share_of_measuring(settings)
         self._start, self._width = 0.0, 1.0 - self._measuring
+
+    def begin_again(self, stage: StageSection) -> None:
+        """A finished stage is only measured."""
+        self._stage, self._done, self._first, self._start, self._width = stage, 0.0, None, 0.0, 1.0
 
     def begin_measuring(self) -> None:
         """The stage's work is done, and only its model is to be measured."""
@@ -51,7 +65,7 @@ class PipelineProgress:
         self._done = max(self._done, self._start + self._width * share)
         if self._first is None:  # compiling and warming up say nothing about the rest
             self._first = now, self._done
-        if now - self._recorded >= _SECONDS_BETWEEN_RECORDS:
+        if now - self._recorded >= _SECONDS_BETWEEN_RECORDS and not self._is_finished(self._stage.name):
             self._recorded = now
             self._record()
 
@@ -66,7 +80,8 @@ class PipelineProgress:
         left = [stage.name for stage in self._stages if not self._is_finished(stage.name)]
         if not set(left) <= self._minutes.keys():
             return None
-        return 60 * sum(self._minutes[name] * (1 - self._share_of(name)) for name in left) * self._factor()
+        foreseen = sum(self._minutes[name] * (1 - self._share_of(name)) for name in left)
+        return 60 * foreseen * self._factor() + self._seconds_again()
 
     def words(self) -> str:
         """As in `stage 3 of 12, dev1, about 7 min left of the whole`."""
@@ -74,6 +89,13 @@ class PipelineProgress:
         stage = f"stage {number} of {len(self._stages)}, {self._stage.name}"
         left = self.seconds_left()
         return stage if left is None else f"{stage}, about {_about(left)} left of the whole"
+
+    def _seconds_again(self) -> float:
+        """For the finished stages that are to be measured again and are not before the one under way."""
+        names = [stage.name for stage in self._stages]
+        rest = names[names.index(self._stage.name) :]
+        own = self._again.get(self._stage.name, 0.0)
+        return sum(self._again.get(name, 0.0) for name in rest) - self._done * own
 
     def _factor(self) -> float:
         """Seconds spent over seconds foreseen, for what is done; 1 where that is too little to tell."""
@@ -87,13 +109,19 @@ class PipelineProgress:
 
     def _share_of_measuring(self, settings: EvaluationSettings | None) -> float:
         """Of the time of the stage that begins, by what measuring has taken after other stages."""
-        found = [one for state in self._states.values() for one in (state.evaluation or {}).get("measurements", ())]
         minutes = self._minutes.get(self._stage.name)
-        if settings is None or not found or minutes is None:
+        if settings is None or minutes is None or (seconds := self._seconds_of_measuring(settings)) is None:
             return 0.0
-        seconds = sum(one["cost"]["seconds"] for one in found) / sum(one["problems"] * one["samples"] for one in found)
+        return min(0.9, seconds / (60 * minutes * self._factor()))
+
+    def _seconds_of_measuring(self, settings: EvaluationSettings) -> float | None:
+        """By what measuring has taken so far; None where nothing was measured."""
+        found = [one for state in self._states.values() for one in (state.evaluation or {}).get("measurements", ())]
+        answers = sum(one["problems"] * one["samples"] for one in found)
+        if not answers:
+            return None
         drawn = len(settings.tasks) * settings.problems * settings.samples * (1 + len(settings.budgets))
-        return min(0.9, drawn * seconds / (60 * minutes * self._factor()))
+        return drawn * sum(one["cost"]["seconds"] for one in found) / answers
 
     def _share_of(self, name: str) -> float:
         """Of a stage, what is done."""

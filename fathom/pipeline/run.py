@@ -31,7 +31,8 @@ from fathom.evaluate.energy import EnergyMeter
 from fathom.evaluate.evaluate import INTERRUPTED, evaluate, held_out
 from fathom.evaluate.screen import notes
 from fathom.model.checkpoint import load
-from fathom.pipeline.plan import Plan, plan_pipeline, require_what_is_elsewhere
+from fathom.pipeline.foresight import require_what_is_elsewhere, require_what_is_here
+from fathom.pipeline.plan import Plan, plan_pipeline
 from fathom.pipeline.progress import PipelineProgress
 from fathom.pipeline.state import RECIPE, STATE, StageState, write_file, write_state
 from fathom.pipeline.table import print_stages, result_of
@@ -60,26 +61,38 @@ class PipelineResult:
 
 
 def run_pipeline(
-    pipeline: Pipeline, beside: Path, *, console: Console | None = None, runs: Path = Path("runs"), redo: bool = False
+    pipeline: Pipeline,
+    beside: Path,
+    *,
+    console: Console | None = None,
+    runs: Path = Path("runs"),
+    redo: bool = False,
+    fresh: bool = False,
 ) -> PipelineResult:
     """Make all stages that are not finished, in `runs/<pipeline.name>`; recipes are read from the folder `beside`.
 
-    `redo` makes stages again whose recipe has changed, and those that build on them; without it they are refused.
-    Raises `UserError` for everything a person can put right; what was finished before stays so.
+    A finished stage whose model is to be measured otherwise than it was is measured again, and not made again. `redo`
+    makes stages again whose recipe has changed, and those that build on them; without it they are refused. `fresh`
+    deletes all that is there, once nothing stands in the way of beginning anew. Raises `UserError` for everything a
+    person can put right; what was finished before stays so.
     """
-    plan = plan_pipeline(pipeline, beside, runs)
+    plan = plan_pipeline(pipeline, beside, runs, fresh=fresh)
     if plan.stale and not redo:
         raise UserError(
             f"{plan.folder}: stage {plan.stale[0]} was {'made' if plan.before[plan.stale[0]].finished else 'begun'} by "
             "another recipe, or on another stage; put it back, give the pipeline another --name, or make it and what "
             "builds on it again with --redo"
         )
+    require_what_is_here(plan)
     require_what_is_elsewhere(plan)
+    if fresh:
+        remove_pipeline(plan.folder)
     rows = [json.dumps({"question": question}, ensure_ascii=False) for question in plan.questions]
     with sigterm_interrupts(), locked(plan.folder):
         write_file(plan.folder / RECIPE, dump_pipeline(pipeline, beside))
         write_file(plan.folder / _HELD_OUT, "\n".join(rows) + "\n")
-        return _Session(plan, console or Console(stderr=True)).run()
+        session = _Session(plan, console or Console(stderr=True))
+        return session.run(to_go_on="run it again without --fresh" if fresh else "run the same command again")
 
 
 def remove_pipeline(folder: Path) -> None:
@@ -98,16 +111,27 @@ class _Session:
         self._plan, self._console = plan, console
         kept = [name for name in plan.recipes if name in plan.before and name not in plan.stale]
         self._states = {name: plan.before[name] for name in kept}
-        self._progress = PipelineProgress(plan.pipeline.stages, self._states, record=self._record_in_passing)
+        again = {name: plan.settings[name] for name in plan.outdated}
+        self._progress = PipelineProgress(
+            plan.pipeline.stages, self._states, record=self._record_in_passing, again=again
+        )
 
-    def run(self) -> PipelineResult:
-        """Stage by stage, until all are finished or a person stops them. Raises `UserError`."""
+    def run(self, *, to_go_on: str) -> PipelineResult:
+        """Stage by stage, until all are finished or a person stops them; what to do then is `to_go_on`. Raises
+        `UserError`."""
         stages = self._plan.pipeline.stages
+        self._to_go_on = to_go_on
         for number, stage in enumerate(stages, 1):
-            if stage.name in self._states and self._states[stage.name].finished:
-                self._say(f"stage {number} of {len(stages)}, {stage.name}: finished before")
-            elif not self._finish(stage):
-                self._say(f"stopped in stage {stage.name}; run the same command again to go on")
+            finished = stage.name in self._plan.finished
+            outdated = stage.name in self._plan.outdated
+            if finished:
+                how = "finished before, and measured again, for it is measured otherwise now" if outdated else ""
+                self._say(f"stage {number} of {len(stages)}, {stage.name}: {how or 'finished before'}")
+            if not finished or outdated:
+                ended = self._measure_again(stage) if finished else self._finish(stage)
+                if ended:
+                    continue
+                self._say(f"stopped in stage {stage.name}; {to_go_on} to go on")
                 return PipelineResult(self._plan.folder, self._in_order(), interrupted=True)
         print_stages(self._in_order(), self._console)
         return PipelineResult(self._plan.folder, self._in_order())
@@ -126,22 +150,52 @@ class _Session:
             ended = False
         except (UserError, OSError) as error:
             self._record_in_passing()
-            said = error if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror or error}"
-            raise UserError(
-                f"stage {stage.name}: {said}; what is finished is kept: once mended, run the same command again"
-            ) from None
-        self._record(finished=ended, evaluation=evaluation if ended else None)
+            raise self._told(stage, error) from None
+        asked = self._plan.asked.get(stage.name, "")
+        self._record(finished=ended, evaluation=evaluation if ended else None, asked=asked if ended else "")
         if ended and evaluation is not None:
             self._say(f"{stage.name}: {result_of(self._states[stage.name])}")
         return ended
+
+    def _measure_again(self, stage: StageSection) -> bool:
+        """Put a new measurement in the place of a finished stage's; False where a person stopped it, and nothing has
+        changed then."""
+        before = self._plan.before[stage.name]
+        began, energy = time.perf_counter(), EnergyMeter()
+        self._progress.begin_again(stage)
+        try:
+            with part_of(self._progress):
+                evaluation = self._measure(stage)
+        except KeyboardInterrupt:
+            return False
+        except (UserError, OSError) as error:
+            raise self._told(stage, error) from None
+        if not evaluation["complete"]:
+            return False
+        costs = [found["cost"] for found in (before.evaluation or {}).get("measurements", ())]
+        spent, joules = energy.read(), [cost["joules"] for cost in costs]
+        known = before.joules is not None and spent is not None and None not in joules
+        self._states[stage.name] = replace(
+            before,
+            seconds=before.seconds - sum(cost["seconds"] for cost in costs) + time.perf_counter() - began,
+            joules=before.joules - sum(joules) + spent if known else None,
+            evaluation=evaluation,
+            asked=self._plan.asked[stage.name],
+        )
+        write_state(self._plan.folder, self._in_order())
+        self._say(f"{stage.name}: {result_of(self._states[stage.name])}")
+        return True
+
+    def _told(self, stage: StageSection, error: UserError | OSError) -> UserError:
+        """What is to be put right, and what to do then."""
+        said = error if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror or error}"
+        return UserError(f"stage {stage.name}: {said}; what is finished is kept: once mended, {self._to_go_on}")
 
     def _begin(self, stage: StageSection) -> None:
         """Take up a stage where earlier sessions left it."""
         plan, name = self._plan, stage.name
         if name in plan.stale:
             _remove(plan.folder / name)
-        elif name not in plan.before and (plan.folder / name).exists():
-            raise UserError(f"{plan.folder / name}: is there and was not made by this pipeline; remove it yourself")
         self._name, self._began, self._energy = name, time.perf_counter(), EnergyMeter()
         now = plan.fingerprints[name]
         earlier = self._states.get(name) or StageState(stage.verb, "", joules=0.0)
@@ -196,6 +250,7 @@ class _Session:
             earlier,
             seconds=earlier.seconds + time.perf_counter() - self._began,
             joules=None if earlier.joules is None or spent is None else earlier.joules + spent,
+            done=self._progress.done,
             **changes,
         )
         write_state(self._plan.folder, self._in_order())

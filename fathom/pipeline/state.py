@@ -5,9 +5,11 @@ Nothing of training is imported here: a pipeline's folder names a model, so this
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fathom.config.pipeline import ModelRecipe, read_pipeline
 from fathom.errors import UserError
@@ -23,18 +25,29 @@ STATE = "pipeline.json"
 class StageState:
     """Where a stage stands."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     verb: str
     fingerprint: str
     """Of its recipe, and of the stages that it builds on."""
     finished: bool = False
     seconds: float = 0.0
-    """Of all its sessions, measuring included."""
+    """Of all its sessions, with the measurement that holds: one that another has replaced is left out, as in joules."""
     evaluation: dict[str, Any] | None = None
     """As `fathom eval` writes it; None for a stage that yields no model."""
     joules: float | None = None
     """Of this machine's processors in all its sessions, whoever used them; None where they cannot be read."""
     below: str = ""
     """Fingerprint of the stages alone that it builds on; empty where it is not known."""
+    asked: str = ""
+    """Fingerprint of the held-out problems that it was measured with; empty where it is not known."""
+    done: float = 0.0
+    """Share of it that was over when last recorded. Only the time left is worked out from it."""
+
+
+_STATES = TypeAdapter(dict[str, StageState])
+_READ = {"task", "budget", "problems", "samples", "pass@k", "thought_tokens", "cost"}
+"""Of every measurement."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,10 @@ def served(folder: Path) -> Served | None:
     trained a model; None where `folder` is no pipeline's. Raises `UserError` where nothing is finished yet."""
     if not (states := read_state(folder)):
         return None
-    finished = {name: state for name, state in states.items() if state.finished and state.evaluation is not None}
     pipeline = read_pipeline(folder / RECIPE, []) if (folder / RECIPE).is_file() else None  # older ones have none
+    if pipeline is not None:  # a stage that was taken out of it is kept, and is not what it stands for
+        states = {stage.name: states[stage.name] for stage in pipeline.stages if stage.name in states}
+    finished = {name: state for name, state in states.items() if state.finished and state.evaluation is not None}
     if pipeline is not None and pipeline.serves in finished:
         name = pipeline.serves
     else:
@@ -84,11 +99,36 @@ def read_state(folder: Path) -> dict[str, StageState]:
     """By stage, in their order; empty where nothing was begun. Raises `UserError` for a file that is none."""
     file = folder / STATE
     try:
-        return {name: StageState(**values) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
+        states = _STATES.validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give the pipeline another --name, or remove it") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValidationError as error:
+        raise _damaged(file, error) from None
+    for name, state in states.items():
+        if state.evaluation is not None and not _is_measured(state.evaluation):
+            states[name] = replace(state, evaluation=None)  # it is then measured again
+    return states
+
+
+def _damaged(file: Path, error: ValidationError) -> UserError:
+    mistake = error.errors()[0]
+    what = ": ".join(filter(None, (".".join(map(str, mistake["loc"])), mistake["msg"])))
+    return UserError(
+        f"{file}: damaged, or of a newer Fathom ({what}); put a whole copy in its place, or give the pipeline another "
+        "--name: what its stages have made stays in their folders, and can be named as models"
+    )
+
+
+def _is_measured(evaluation: Mapping[str, Any]) -> bool:
+    """Whether it has what is read of it."""
+    settings, found = evaluation.get("settings"), evaluation.get("measurements")
+    return (
+        isinstance(settings, dict)
+        and isinstance(found, list)
+        and all(isinstance(one, dict) and one.keys() >= _READ and "1" in one["pass@k"] for one in found)
+    )
 
 
 def write_state(folder: Path, stages: Mapping[str, StageState]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fathom.evaluate.written import mean_thought
 from fathom.pipeline.state import StageState
 from fathom.tasks.options import short_names
 
@@ -42,9 +43,8 @@ def _free(stage: StageState) -> list[dict[str, Any]]:
 
 
 def _thought(stage: StageState) -> str:
-    """Mean tokens of thought over tasks; empty where they are not known."""
-    means = [spread["mean"] for one in _free(stage) if (spread := one["thought_tokens"]) is not None]
-    return f"{sum(means) / len(means):.0f}" if means else ""
+    """Mean tokens of thought of an answer; empty where they are not known."""
+    return "" if (found := mean_thought(_free(stage))) is None else f"{found:.0f}"
 
 
 def _estimate(found: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fathom.report.svg import LETTER, PAD, ROW, SWATCH, clipped, frame, head, legend_places, text
+from fathom.report.svg import PAD, ROW, SWATCH, clipped, frame, head, legend_places, length, text
 
 GAP = 14.0
 """Between one name's bars and the next one's."""
@@ -64,10 +64,9 @@ def draw_bars(bars: Bars, *, width: float = 360, alone: bool = False) -> str:
     """One `<svg>` element; the whole width of a bar is 100 %."""
     beside = width >= BESIDE
     thick = 18.0 if len(bars.series) == 1 else 15.0
-    longest = max(len(name) for name, _ in bars.rows)
-    left = min(PAD + longest * LETTER + 10, width / 3) if beside else PAD
+    left = min(PAD + max(length(name) for name, _ in bars.rows) + 10, width / 3) if beside else PAD
     full = width - left - PAD - NUMBER
-    most = int((left - PAD - 8 if beside else full) / LETTER)
+    room = left - PAD - 8 if beside else full
     inner = 0 if beside else ROW
     row = inner + thick * len(bars.series) + GAP
     legend = legend_places(bars.series, width)
@@ -86,7 +85,7 @@ def draw_bars(bars: Bars, *, width: float = 360, alone: bool = False) -> str:
     for place, (name, shares) in enumerate(bars.rows):
         y = top + place * row + inner
         middle = y + thick * len(shares) / 2
-        parts.append(text(PAD, middle + 4.5 if beside else y - 5, clipped(name, most), "legend"))
+        parts.append(text(PAD, middle + 4.5 if beside else y - 5, clipped(name, room), "legend"))
         for number, share in enumerate(shares, start=1):
             if share is not None:
                 parts += _bar(share, number, left, y + (number - 1) * thick, full, thick)

@@ -1,7 +1,7 @@
 """What a pipeline has cost: time, energy where it can be read, money at the price of this machine, and arithmetic."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fathom.model.accounting import flops_per_token
@@ -61,26 +61,32 @@ def money(story: Story, seconds: float) -> str:
 
 def duration(seconds: float) -> str:
     """Of a few seconds, or of hours."""
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min"
+
+
+def energy(costs: Sequence[Cost]) -> str:
+    """Of all stages; empty where it is known of none."""
+    return _summed([cost.joules for cost in costs], _joules)
 
 
 def _columns(story: Story, costs: list[Cost]) -> Iterator[tuple[str, Callable[[Cost], str], str]]:
     """Title, a stage's cell, and the sum."""
     seconds = sum(cost.seconds for cost in costs)
     yield "time", lambda cost: duration(cost.seconds), duration(seconds)
-    if joules := _sum([cost.joules for cost in costs]):
-        yield "energy", lambda cost: _written(cost.joules, lambda value: quantity(value, "J")), quantity(joules, "J")
+    if joules := energy(costs):
+        yield "energy", lambda cost: _written(cost.joules, _joules), joules
     yield "money", lambda cost: money(story, cost.seconds), money(story, seconds)
-    if tokens := _sum([cost.tokens for cost in costs]):
-        yield "tokens learnt from", lambda cost: _written(cost.tokens, count), count(tokens)
-    if flops := _sum([cost.flops for cost in costs]):
-        yield (
-            "arithmetic",
-            lambda cost: _written(cost.flops, lambda value: quantity(value, "FLOP")),
-            quantity(flops, "FLOP"),
-        )
+    learning = [cost for cost in costs if cost.tokens]
+    if tokens := _summed([cost.tokens for cost in learning], count):
+        yield "tokens learnt from", lambda cost: _written(cost.tokens, count), tokens
+    if flops := _summed([cost.flops for cost in learning], _operations):
+        yield "arithmetic", lambda cost: _written(cost.flops, _operations), flops
     if any(cost.share_of_peak for cost in costs):
         yield (
             "of the machine's peak",
@@ -89,8 +95,20 @@ def _columns(story: Story, costs: list[Cost]) -> Iterator[tuple[str, Callable[[C
         )
 
 
-def _sum(values: list[float | None]) -> float:
-    return sum(value for value in values if value is not None)
+def _joules(value: float) -> str:
+    return quantity(value, "J")
+
+
+def _operations(value: float) -> str:
+    return quantity(value, "FLOP")
+
+
+def _summed(values: Sequence[float | None], write: Callable[[float], str]) -> str:
+    """Where some are not known, what it is at least; empty where none is."""
+    known = [value for value in values if value is not None]
+    if not sum(known):
+        return ""
+    return write(sum(known)) if len(known) == len(values) else f"at least {write(sum(known))}"
 
 
 def _written(value: float | None, write: Callable[[float], str]) -> str:
@@ -104,9 +122,8 @@ def _tokens(run: Run) -> float | None:
     if run.verb != "rl":
         return number(run.measured.train[-1].get("tokens"))
     samples = number(run.field("rollout", "samples")) or 0.0
-    return samples * _sum(
-        [_product(line.get("problems"), line.get("completion_tokens")) for line in run.measured.train]
-    )
+    drawn = (_product(line.get("problems"), line.get("completion_tokens")) for line in run.measured.train)
+    return samples * sum(filter(None, drawn))
 
 
 def _length(run: Run, tokens: float) -> float:
@@ -114,8 +131,7 @@ def _length(run: Run, tokens: float) -> float:
     if run.verb == "pretrain":
         return number(run.field("data", "sequence_length")) or 1.0
     if run.verb == "rl":
-        lengths = [number(line.get("completion_tokens")) for line in run.measured.train]
-        return _sum(lengths) / len(lengths)
+        return run.measured.total("train", "completion_tokens") / len(run.measured.train)
     answers = (number(run.field("train", "batch")) or 1.0) * len(run.measured.train)
     return tokens / answers
 

@@ -51,7 +51,7 @@ def dialogues(story: Story) -> list[Dialogue]:
 
 def correction_of(kept: Mapping[str, Any]) -> Correction:
     """What `fathom.train.moments` has kept, parted at the word of doubt."""
-    completion, word = str(kept.get("completion", "")), str(kept.get("word", ""))
+    completion, word = kept["completion"], kept["word"]
     places = reflections_in(completion, [word])
     # In lower case, a few letters of other alphabets are longer than they were.
     whole = not places or len(places[0].string) != len(completion)
@@ -61,7 +61,7 @@ def correction_of(kept: Mapping[str, Any]) -> Correction:
         before = f"… {before[-LONGEST // 2 :]}"
     if len(after) > LONGEST // 2:
         after = f"{after[: LONGEST // 2]} …"
-    return Correction(int(kept.get("step", 0)), str(kept.get("question", "")), before, completion[start:end], after)
+    return Correction(kept["step"], kept["question"], before, completion[start:end], after)
 
 
 def _of_task(story: Story, task: str) -> list[Dialogue]:

@@ -1,7 +1,7 @@
 """What all pages have in common: one HTML file that needs no network and no JavaScript.
 
 What a model has written is hostile text: templates escape everything (Jinja's autoescape), the page's own policy
-forbids scripts, and control characters are shown as the pictures Unicode has for them.
+forbids scripts, and control characters are made visible.
 """
 
 import re
@@ -14,22 +14,22 @@ from markupsafe import Markup, escape
 
 from fathom.report.bars import Bars, draw_bars, table_of_bars
 from fathom.report.chart import Chart, draw, table
+from fathom.report.visible import visible
 
 WIDE = {"width": 720.0, "height": 340.0}
 """A headline figure where there is room, and in a file of its own."""
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 
 def render(template: str, **values: Any) -> str:
     """A page."""
-    return _visible(_environment().get_template(template).render(**values))
+    return visible(_environment().get_template(template).render(**values))
 
 
 def picture(of: Chart | Bars, *, wide: bool = False, alone: bool = False) -> str:
     """The figure as one `<svg>` element; with `alone`, as a file of its own."""
     if isinstance(of, Bars):
-        return _visible(draw_bars(of, width=WIDE["width"] if wide else 360, alone=alone))
-    return _visible(draw(of, **(WIDE if wide else {}), alone=alone))
+        return draw_bars(of, width=WIDE["width"] if wide else 360, alone=alone)
+    return draw(of, **(WIDE if wide else {}), alone=alone)
 
 
 def share(value: float | None) -> str:
@@ -53,11 +53,6 @@ def _environment() -> Environment:
         "table": lambda of: table_of_bars(of) if isinstance(of, Bars) else table(of),
     }
     return environment
-
-
-def _visible(text: str) -> str:
-    """Control characters as pictures of themselves."""
-    return text.translate(_PICTURES)
 
 
 def _prose(docstring: str) -> Markup:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fathom.errors import UserError
 from fathom.report.chart import Point, Series
 from fathom.train.metrics import read_metrics
 
@@ -24,8 +25,11 @@ class Measurements:
 
     @classmethod
     def of(cls, file: Path) -> "Measurements":
-        """Nothing where there is no file yet. Raises `UserError` for a line that is none."""
-        lines = sorted(read_metrics(file) if file.exists() else [], key=lambda line: line["step"])
+        """Nothing where there is no file yet. Raises `UserError` for one that cannot be read, and for a bad line."""
+        try:
+            lines = sorted(read_metrics(file) if file.exists() else [], key=lambda line: line["step"])
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
         return cls(
             tuple(line for line in lines if line["kind"] == "train"),
             tuple(line for line in lines if line["kind"] == "eval"),

@@ -13,6 +13,7 @@ from fathom.report.stages import Story
 from fathom.scratch import replace_bytes
 
 _DRAWN = (".svg", ".png")
+_PAGES = (".html", ".htm")
 
 
 def write_report(path: Path, out: Path | None = None, *, figure: str | None = None) -> Path:
@@ -23,12 +24,15 @@ def write_report(path: Path, out: Path | None = None, *, figure: str | None = No
     place that cannot be written.
     """
     target = path / "report.html" if out is None else out
-    drawn = target.suffix in _DRAWN
+    suffix = target.suffix.lower()
+    drawn = suffix in _DRAWN
+    if not drawn and suffix not in _PAGES:
+        raise UserError(f"{target}: a page's name ends in .html, a figure's in .svg or .png")
     if figure is not None and not drawn:
         raise UserError(f"--figure {figure}: is written with --out FILE, whose name ends in .svg or .png")
     data: Run | Story = Story.read(path) if is_pipeline(path) else Run.read(path)
     if drawn:
-        content = _figure(data, figure, path, target.suffix)
+        content = _figure(data, figure, path, suffix)
     else:
         content = (pipeline_page(data) if isinstance(data, Story) else run_page(data)).encode()
     try:

@@ -1,21 +1,23 @@
 """The page on a pipeline: the story of its stages in order, and then what compares them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
+from fathom.evaluate.written import mean_language, mean_thought
 from fathom.model.accounting import count_parameters
 from fathom.pipeline.state import RECIPE
 from fathom.report.bars import Bars
-from fathom.report.cost import cost_of, cost_table, duration, money
+from fathom.report.cost import Cost, cost_of, cost_table, duration, energy, money
 from fathom.report.dialogues import Correction, correction_of, dialogues
 from fathom.report.document import render, share
 from fathom.report.figures import Figure, figures, headline, probe
 from fathom.report.stage_figures import gains, numbered, share_of, thinking_curves
 from fathom.report.stages import Stage, Story
+from fathom.report.svg import COLOURS
 from fathom.report.synthesis import Rows, Synthesis, synthesis
-from fathom.report.tables import count, plural, quantity
+from fathom.report.tables import count
 
 _FIGURES = {
     "pretrain": ("loss", "max-vio", "mtp-acceptance"),
@@ -23,6 +25,8 @@ _FIGURES = {
     "sft": ("loss",),
 }
 """What a stage's own part of the story shows; its own report shows all."""
+_DRAWING = ("samples", "temperature", "top_p", "max_tokens")
+"""Of its measurement: how answers were drawn."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,16 @@ def pipeline_page(story: Story) -> str:
         facts=list(_facts(story)),
         headline=main,
         same_problems=story.same_problems,
+        without_bars=[story.task_names[task] for task in story.tasks[COLOURS:]],
+        apart=[f"{stage.name} on {story.task_names[task]}" for stage, task in story.apart],
+        otherwise=list(_drawn_otherwise(story)),
         stages=stage_table(story),
         chapters=[_chapter(story, stage) for stage in story.stages if stage.state is not None],
         comparisons=list(_comparisons(story)),
         curves=list(thinking_curves(story)),
         dialogues=dialogues(story),
         cost=cost_table(story) if any(stage.state for stage in story.stages) else [],
+        energy=energy(_costs(story)),
         price=f"{story.pipeline.currency}{story.pipeline.price_per_hour:,.2f}",
         recipe=(story.folder / RECIPE).read_text(encoding="utf-8"),
     )
@@ -77,16 +85,15 @@ def pipeline_figures(story: Story) -> dict[str, Figure]:
 def stage_table(story: Story) -> Rows:
     """As in table 3 of DeepSeek-R1's paper (arXiv 2501.12948v2): what each stage gained, and in what time."""
     tasks = story.tasks
-    mixed = any(_language(stage) not in (None, 1.0) for stage in story.measured)
+    mixed = any(mean_language(_free(stage)) not in (None, 1.0) for stage in story.measured)
     rows = [["stage", "what it is", *(f"{story.task_names[task]}, pass@1" for task in tasks), "tokens of thought",
              *(["language kept"] if mixed else []), "minutes"]]  # fmt: skip
     for stage in story.stages:
-        shares = [share_of(stage.free(task)) for task in tasks]
         rows.append(
             [
                 stage.name,
                 story.told(stage) + (f" ({stage.standing})" if stage.standing else ""),
-                *("" if found is None else found.write() for found in shares),
+                *(_written_share(story, stage, task) for task in tasks),
                 _thought(stage),
                 *([_written_language(stage)] if mixed else []),
                 _minutes(stage),
@@ -96,7 +103,7 @@ def stage_table(story: Story) -> Rows:
 
 
 def _headline(story: Story) -> Bars | None:
-    return gains(story, story.stages, "stages", "What each stage gained")
+    return gains(story, story.stages, "stages", "What each stage gained: pass@1 on held-out problems")
 
 
 def _facts(story: Story) -> Iterator[tuple[str, str]]:
@@ -108,14 +115,19 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
         for task in story.tasks:
             if (found := share_of(final.free(task))) is not None:
                 yield f"{final.name} on {story.task_names[task]}", found.write()
-    costs = [cost for stage in story.stages if (cost := cost_of(stage)) is not None]
+    costs = _costs(story)
     seconds = sum(cost.seconds for cost in costs)
     yield "time", duration(seconds)
     yield "money", money(story, seconds)
-    if joules := sum(cost.joules or 0 for cost in costs):
-        yield "energy", quantity(joules, "J")
-    settings = story.pipeline.evaluation
-    yield "measured with", f"{plural(settings.problems, 'held-out problem')} of each of {', '.join(settings.tasks)}"
+    if joules := energy(costs):
+        yield "energy", joules
+    asked = [(story.task_names[task], story.comparable(task)[0].free(task)) for task in story.tasks]
+    if counts := [f"{found['problems']:,} of {name}" for name, found in asked if found is not None]:
+        yield "measured with held-out problems", ", ".join(counts)
+
+
+def _costs(story: Story) -> list[Cost]:
+    return [cost for stage in story.stages if (cost := cost_of(stage)) is not None]
 
 
 def _chapter(story: Story, stage: Stage) -> Chapter:
@@ -151,7 +163,7 @@ def _told(story: Story, stage: Stage) -> Iterator[tuple[str, str]]:
             yield "steps", f"{run.measured.step:,}" if run.steps is None else f"{run.measured.step:,} of {run.steps:,}"
     if (cost := cost_of(stage)) is not None:
         if cost.tokens:
-            yield "tokens learnt from", count(cost.tokens)
+            yield "tokens drawn" if stage.verb == "rl" else "tokens learnt from", count(cost.tokens)
         yield "time", duration(cost.seconds)
     for task in story.tasks:
         if (found := share_of(stage.free(task))) is not None:
@@ -180,13 +192,12 @@ def _comparisons(story: Story) -> Iterator[Comparison]:
         rows = [["model", "how", "parameters", *tasks, "tokens of thought", "minutes, lessons included"]]
         for stage in shown:
             parameters = "" if stage.config is None else count(count_parameters(stage.config).total)
-            shares = [share_of(stage.free(task)) for task in story.tasks]
             rows.append(
                 [
                     stage.name,
                     "the teacher" if stage in teachers else story.told(stage),
                     parameters,
-                    *("" if found is None else found.write() for found in shares),
+                    *(_written_share(story, stage, task) for task in story.tasks),
                     _thought(stage),
                     _minutes(stage, *story.lessons(stage)),
                 ]
@@ -198,10 +209,26 @@ def _free(stage: Stage) -> list[dict[str, Any]]:
     return [found for found in stage.measurements if found["budget"] is None]
 
 
+def _written_share(story: Story, stage: Stage, task: str) -> str:
+    """With a star where it is not to be compared."""
+    if (found := share_of(stage.free(task))) is None:
+        return ""
+    return found.write() if stage in story.comparable(task) else f"{found.write()} *"
+
+
+def _drawn_otherwise(story: Story) -> Iterator[str]:
+    """The stages whose answers were not drawn as those of most were, and how they were."""
+    for name in _DRAWING:
+        values = {stage.name: stage.settings[name] for stage in story.measured if name in stage.settings}
+        if values:
+            usual, _ = Counter(values.values()).most_common(1)[0]
+            for stage, own in values.items():
+                if own != usual:
+                    yield f"{stage} with {name} = {own:g}, where most have {usual:g}"
+
+
 def _thought(stage: Stage) -> str:
-    """Mean over its tasks, as on the screen."""
-    means = [found["thought_tokens"]["mean"] for found in _free(stage) if found["thought_tokens"] is not None]
-    return f"{fmean(means):.0f}" if means else ""
+    return "" if (found := mean_thought(_free(stage))) is None else f"{found:.0f}"
 
 
 def _minutes(*stages: Stage) -> str:
@@ -210,11 +237,6 @@ def _minutes(*stages: Stage) -> str:
     return f"{sum(begun) / 60:.1f}" if begun else ""
 
 
-def _language(stage: Stage) -> float | None:
-    shares = [found["language"] for found in _free(stage) if found.get("language") is not None]
-    return fmean(shares) if shares else None
-
-
 def _written_language(stage: Stage) -> str:
-    found = _language(stage)
+    found = mean_language(_free(stage))
     return "" if found is None else share(found)

@@ -40,10 +40,11 @@ def _fields(values: dict[str, Any], kind: type[BaseModel] | None, default: Any, 
             yield from _fields(value, inner, usual, f"{prefix}{name}.")
             continue
         sentence = " ".join((field.description or "").split()) if field is not None else ""
-        yield Field(prefix + name, _written(value), _written(usual), sentence, _written(value) != _written(usual))
+        yield Field(prefix + name, written(value), written(usual), sentence, written(value) != written(usual))
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A field's value for a person, whatever it is."""
     if value is PydanticUndefined:
         return ""
     if value is None:
@@ -51,9 +52,9 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "; ".join(f"{name} = {_written(own)}" for name, own in value.items())
+        return "; ".join(f"{name} = {written(own)}" for name, own in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_written, value)) or "(empty)"
+        return ", ".join(map(written, value)) or "(empty)"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)

@@ -2,15 +2,18 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from fathom.config.pipeline import KINDS
 from fathom.config.recipe import Recipe
 from fathom.errors import UserError
 from fathom.evaluate.command import RESULT as EVALUATION
+from fathom.evaluate.written import first_mistake, looked_over
 from fathom.report.measurements import Measurements
 from fathom.train.moments import FILE as CORRECTION
 from fathom.train.run import RunFolder
@@ -43,7 +46,8 @@ class Run:
             recipe = tomllib.loads(folder.recipe.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{folder.recipe}: not valid TOML ({error})") from None
-        left = (_read(path / name) for name in ("synth.json", CORRECTION, EVALUATION))
+        kinds = {"synth.json": _of_shape(_Counts), CORRECTION: _of_shape(_Correction), EVALUATION: looked_over}
+        left = (_read(path / name, look_over) for name, look_over in kinds.items())
         return cls(folder, _verb(recipe), recipe, Measurements.of(folder.metrics), *left)
 
     @property
@@ -75,14 +79,63 @@ def _verb(recipe: Mapping[str, Any]) -> str:
     return "sft" if isinstance(data, dict) and "files" in data else "pretrain"
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """None where it is not there. Raises `UserError`."""
+class _Counted(BaseModel):
+    drawn: NonNegativeInt
+    right: NonNegativeInt
+    kept: NonNegativeInt
+
+
+class _Total(_Counted):
+    dropped: dict[str, NonNegativeInt]
+
+
+class _Round(_Counted):
+    round: int
+
+
+class _Level(_Counted):
+    task: str
+    level: int
+
+
+class _Counts(BaseModel):
+    """What is shown of `synth.json`."""
+
+    model_config = ConfigDict(strict=True)
+    total: _Total
+    rounds: list[_Round]
+    levels: list[_Level]
+
+
+class _Correction(BaseModel):
+    """Of `fathom.train.moments`."""
+
+    model_config = ConfigDict(strict=True)
+    step: int
+    question: str
+    completion: str
+    word: str
+
+
+def _read(file: Path, look_over: Callable[[Any, Path], Any]) -> dict[str, Any] | None:
+    """None where it is not there. Raises `UserError`, as `look_over` does for what is something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); put it right or delete it") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: is not what a run writes there; delete it")
+    look_over(values, file)
     return values
+
+
+def _of_shape(shape: type[BaseModel]) -> Callable[[Any, Path], None]:
+    def look_over(values: Any, file: Path) -> None:
+        try:
+            shape.model_validate(values)
+        except ValidationError as error:
+            raise UserError(
+                f"{file}: is not what a run writes there ({first_mistake(error)}); put it right or delete it"
+            ) from None
+
+    return look_over

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fathom.errors import UserError
 from fathom.report.axis import plain
 from fathom.report.bars import Share
 from fathom.report.cost import duration
@@ -11,7 +12,7 @@ from fathom.report.dialogues import correction_of, dialogues
 from fathom.report.document import render, share
 from fathom.report.figures import Figure, budgets, figures, funnel, headline, levels, probe
 from fathom.report.measurements import number
-from fathom.report.recipe_table import recipe_fields
+from fathom.report.recipe_table import recipe_fields, written
 from fathom.report.run_data import Run
 from fathom.report.stage_figures import thinking_curves
 from fathom.report.stages import Story
@@ -65,6 +66,7 @@ def run_page(run: Run) -> str:
         correction=None if run.correction is None else correction_of(run.correction),
         samples=_samples(run.folder.samples),
         examination=_examination(run),
+        broken_off="" if run.evaluation is None else run.evaluation.get("stopped", ""),
         curves=list(thinking_curves(story)) if story else [],
         dialogues=dialogues(story) if story else [],
     )
@@ -93,8 +95,9 @@ def _examination(run: Run) -> list[list[str]]:
     if run.evaluation is None:
         return []
     rows = [
-        ["task", "tokens of thought at most", "problems × samples", "pass@1", "majority right", "tokens of thought"]
-    ]
+        ["task", "tokens of thought at most", "problems × samples", "pass@1", "majority right", "tokens of thought",
+         "no answer found"]
+    ]  # fmt: skip
     for found in run.evaluation["measurements"]:
         most = max(found["cons@k"], key=int)
         thought = found["thought_tokens"]
@@ -106,6 +109,7 @@ def _examination(run: Run) -> list[list[str]]:
                 Share.of(found["pass@k"]["1"]).write(),
                 f"{Share.of(found['cons@k'][most]).write()}, of {most}",
                 "" if thought is None else plain(thought["mean"]),
+                share(found.get("unread")),
             ]
         )
     return rows
@@ -120,10 +124,15 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if run.verb == "rl":
         yield "task", str(run.field("task", "name") or "?")
     elif run.verb == "sft":
-        yield "learns from", ", ".join(map(str, run.field("data", "files") or "?"))
+        yield "learns from", written(run.field("data", "files"))
     elif run.verb == "synth":
         tasks = run.field("tasks")
-        yield "tasks", ", ".join(str(task.get("name")) for task in tasks if isinstance(task, dict))
+        names = (
+            [task.get("name") if isinstance(task, dict) else task for task in tasks]
+            if isinstance(tasks, list)
+            else tasks
+        )
+        yield "tasks", written(names)
         return
     else:
         yield "learns from", str(run.field("data", "path") or "?")
@@ -160,10 +169,14 @@ def _evaluation_table(run: Run) -> list[list[str]]:
 
 
 def _samples(file: Path) -> list[tuple[str, str]]:
-    """Step and text of the last samples, oldest first."""
+    """Step and text of the last samples, oldest first. Raises `UserError`."""
     if not file.exists():
         return []
-    _, *parts = _HEADING.split(file.read_text(encoding="utf-8", errors="replace"))
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    _, *parts = _HEADING.split(text)
     sections = list(zip(parts[::2], parts[1::2], strict=True))[-SAMPLES:]
     return [(step, _unindented(text.strip("\n"))) for step, text in sections]
 

@@ -19,28 +19,30 @@ def share_of(measured: Mapping[str, Any] | None) -> Share | None:
 
 
 def gains(story: Story, stages: Sequence[Stage], name: str, title: str) -> Bars | None:
-    """pass@1 of each of `stages` that was measured, on as many tasks as there are colours; None where none was."""
-    shown, tasks = [stage for stage in stages if stage.measurements], story.tasks[:COLOURS]
-    if not shown:
-        return None
-    return Bars(
-        name,
-        title,
-        tuple((stage.name, tuple(share_of(stage.free(task)) for task in tasks)) for stage in shown),
-        tuple(story.task_names[task] for task in tasks),
-    )
+    """pass@1 of each of `stages` that was measured on problems that others were, too, on as many tasks as there are
+    colours; None where none was."""
+    tasks = story.tasks[:COLOURS]
+    compared = [(task, story.comparable(task)) for task in tasks]
+    rows = [
+        (stage.name, tuple(share_of(stage.free(task)) if stage in found else None for task, found in compared))
+        for stage in stages
+    ]
+    shown = tuple(row for row in rows if any(row[1]))
+    return Bars(name, title, shown, tuple(story.task_names[task] for task in tasks)) if shown else None
 
 
 def thinking_curves(story: Story) -> Iterator[Figure]:
-    """For each task: accuracy over budgets of thought, and over the size of the vote, of whoever was measured so."""
+    """For each task: accuracy over budgets of thought, and over the size of the vote, of whoever was measured so on the
+    same problems."""
     for number, task in enumerate(story.tasks, start=1):
-        cut = [(stage, found) for stage in story.measured if len(found := _by_budget(stage, task)) > 1]
+        compared = story.comparable(task)
+        cut = [(stage, found) for stage in compared if len(found := _by_budget(stage, task)) > 1]
         if cut:
             free = cut[0][0].free(task) if len(cut) == 1 else None
             yield _figure(
                 numbered("scaling", number),
                 f"More thought: {story.task_names[task]}",
-                "Share of held-out problems solved where the thought is cut off after so many tokens.",
+                f"Share of held-out problems solved where the thought{_whose(cut)} is cut off after so many tokens.",
                 [_series(stage.name, found) for stage, found in cut[-COLOURS:]],
                 "tokens of thought at most",
                 level=None if free is None else ("thoughts as long as they get", free["pass@k"]["1"]["value"]),
@@ -52,9 +54,14 @@ def thinking_curves(story: Story) -> Iterator[Figure]:
                 f"More samples: {story.task_names[task]}",
                 "Share of held-out problems whose right answer has the most votes among so many samples.",
                 [_series(stage.name, found) for stage, found in voted[-COLOURS:]],
-                "samples that vote",
+                f"samples{_whose(voted)} that vote",
                 doubling=True,
             )
+
+
+def _whose(shown: Sequence[tuple[Stage, Any]]) -> str:
+    """Where there is one line, no legend names it."""
+    return f" of {shown[0][0].name}" if len(shown) == 1 else ""
 
 
 def numbered(name: str, number: int) -> str:
@@ -75,8 +82,8 @@ def _by_votes(stage: Stage, task: str) -> dict[int, Any]:
 
 def _most_asked(story: Story, task: str) -> list[Stage]:
     """Of the stages of which most samples were drawn, those that are compared."""
-    samples = {stage.name: found["samples"] for stage in story.measured if (found := stage.free(task)) is not None}
-    most = [stage for stage in story.measured if samples.get(stage.name) == max(samples.values())]
+    samples = {stage.name: found["samples"] for stage in story.comparable(task) if (found := stage.free(task))}
+    most = [stage for stage in story.measured if samples.get(stage.name) == max(samples.values(), default=0)]
     cast = [stage for stage in most if stage in story.cast]
     return cast or most
 

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fathom.config.evaluation import EvaluationSettings
 from fathom.config.hf import read_config
 from fathom.config.model import ModelConfig
 from fathom.config.pipeline import Pipeline, StageSection, read_pipeline
 from fathom.errors import UserError
-from fathom.pipeline.state import RECIPE, StageState, read_state
+from fathom.evaluate.written import looked_over
+from fathom.pipeline.state import RECIPE, STATE, StageState, read_state
 from fathom.report.run_data import Run
 from fathom.tasks.options import short_names
 from fathom.train.run import newest_model
@@ -63,6 +63,19 @@ class Stage:
         return next((one for one in self.measurements if one["task"] == task and one["budget"] is None), None)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """How it was measured; empty where it was not."""
+        evaluation = None if self.state is None else self.state.evaluation
+        return {} if evaluation is None else evaluation["settings"]
+
+    def asked(self, task: str) -> tuple[Any, ...] | None:
+        """Equal for stages that were asked the same problems of `task`; None where it was asked none."""
+        if (found := self.free(task)) is None:
+            return None
+        count = found["problems"] + found.get("left_out", 0)
+        return self.settings.get("seed"), self.settings.get("levels"), count
+
+    @property
     def model(self) -> str:
         """What it begins with, or whom it asks: `@name` of a stage, or a path; empty where there is none."""
         model = self.section.set.get("model") or (self.run and self.run.field("model"))
@@ -98,12 +111,12 @@ class Story:
 
     @classmethod
     def of_one(cls, run: Run, evaluation: dict[str, Any]) -> "Story":
-        """A run that was measured by itself: a story of one stage. Raises `UserError`."""
+        """A run that was measured by itself: a story of one stage."""
         path = run.folder.path
-        name, settings = path.resolve().name, EvaluationSettings.parse(evaluation["settings"], where=str(path))
+        name = path.resolve().name
         # Not validated: a folder may have been given any name since.
         section = StageSection.model_construct(name=name, verb=run.verb)
-        pipeline = Pipeline.model_construct(name=name, evaluation=settings, stages=(section,))
+        pipeline = Pipeline.model_construct(name=name, stages=(section,))
         state = StageState(run.verb, "", finished=True, evaluation=evaluation)
         return cls(path, pipeline, (Stage(1, section, state, run, None),))
 
@@ -115,9 +128,26 @@ class Story:
     @property
     def same_problems(self) -> bool:
         """Whether all were measured on the same ones: a stage may have settings of its own."""
-        settings = [stage.state.evaluation["settings"] for stage in self.measured]
-        drawn = [[own[name] for name in ("tasks", "levels", "problems", "seed")] for own in settings]
-        return all(own == drawn[0] for own in drawn)
+        return all(len(self.comparable(task)) == len(self.measured) for task in self.tasks)
+
+    def comparable(self, task: str) -> list[Stage]:
+        """The stages that were asked the same problems of `task`; where not all were, most of them, or rather the
+        later ones."""
+        groups: dict[tuple[Any, ...], list[Stage]] = {}
+        for stage in self.measured:
+            if (asked := stage.asked(task)) is not None:
+                groups.setdefault(asked, []).append(stage)
+        return max(groups.values(), key=lambda group: (len(group), group[-1].number), default=[])
+
+    @property
+    def apart(self) -> list[tuple[Stage, str]]:
+        """Each stage, with the task, that was asked other problems of it than those that are compared."""
+        return [
+            (stage, task)
+            for task in self.tasks
+            for stage in self.measured
+            if stage.asked(task) is not None and stage not in self.comparable(task)
+        ]
 
     @property
     def tasks(self) -> list[str]:
@@ -217,6 +247,8 @@ class Story:
 def _read(folder: Path, number: int, section: StageSection, state: StageState | None) -> Stage:
     path = folder / section.name
     run = Run.read(path) if state is not None and (path / "recipe.toml").exists() else None
+    if state is not None and state.evaluation is not None:
+        looked_over(state.evaluation, f"{folder / STATE}: stage {section.name}")
     return Stage(number, section, state, run, _config(path))
 
 

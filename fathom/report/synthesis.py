@@ -27,7 +27,9 @@ class Synthesis:
 def synthesis(counts: Mapping[str, Any]) -> Synthesis:
     """Of what `synth.json` holds."""
     total = counts["total"]
-    dropped = [[reason, f"{number:,}", share(number / total["drawn"])] for reason, number in total["dropped"].items()]
+    dropped = [
+        [reason, f"{number:,}", share(_part(number, total["drawn"]))] for reason, number in total["dropped"].items()
+    ]
     rounds = [
         [f"repair {row['round']}" if row["round"] else "first answers", *_counted(row)] for row in counts["rounds"]
     ]
@@ -42,5 +44,8 @@ def synthesis(counts: Mapping[str, Any]) -> Synthesis:
 
 
 def _counted(row: Mapping[str, Any]) -> Sequence[str]:
-    kept = row["kept"] / row["drawn"] if row["drawn"] else None
-    return [*(f"{row[name]:,}" for name in ("drawn", "right", "kept")), share(kept)]
+    return [*(f"{row[name]:,}" for name in ("drawn", "right", "kept")), share(_part(row["kept"], row["drawn"]))]
+
+
+def _part(number: int, whole: int) -> float | None:
+    return number / whole if whole else None

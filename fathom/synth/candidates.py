@@ -65,8 +65,16 @@ class DrawnFile:
     def recover(self, problems: Sequence[tuple[str, Problem]]) -> int:
         """How many of `problems` (task and problem) are done; what a kill left of a line is cut away.
 
-        Raises `UserError` where the lines are of other problems.
+        Raises `UserError` where the lines are of other problems, and where the file cannot be read and cut.
         """
+        try:
+            return self._recovered(problems)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be read and written ({error.strerror or error}); see who may, then resume"
+            ) from None
+
+    def _recovered(self, problems: Sequence[tuple[str, Problem]]) -> int:
         done = end = 0
         if not self.path.exists():
             return 0
@@ -100,7 +108,7 @@ class DrawnFile:
                     return
                 try:
                     yield line, _solved(line)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise UserError(f"{self.path}:{number}: damaged; delete this line and all below it") from None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from fathom.data.conversations import read_conversations
 from fathom.errors import UserError
 from fathom.report.tables import plural
-from fathom.synth.words import ngrams, units
+from fathom.tasks.words import ngrams, units
 
 NGRAM = 13
 _PHRASE = 5
@@ -105,16 +105,23 @@ def refuse_contaminated(files: Sequence[str], held_out: HeldOut | HeldOutSets, *
 
 
 def read_questions(path: Path) -> Iterator[str]:
-    """The questions of a JSON Lines file. Raises `UserError` with the row and what is wrong there."""
+    """The questions of a JSON Lines file. Raises `UserError` with the row and what is wrong there, and where there are
+    none: to compare with nothing finds nothing."""
+    if path.suffix == ".parquet":
+        raise UserError(f"{path}: held-out questions are read from JSON Lines; write them so")
+    none = True
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
+                    none = False
                     yield _question(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if none:
+        raise UserError(f"{path}: holds no question; leave it out, or put the held-out questions there")
 
 
 def _question(line: bytes, where: str) -> str:

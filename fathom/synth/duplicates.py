@@ -9,7 +9,7 @@ import hashlib
 from typing import Any
 
 from fathom.errors import UserError
-from fathom.synth.words import ngrams, units
+from fathom.tasks.words import ngrams, units
 
 _SHINGLE = 5
 _HASHES = 128

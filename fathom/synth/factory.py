@@ -82,8 +82,7 @@ def synthesize(
             factory.refuse_contaminated()
             teacher = stack.enter_context(open_teacher(recipe, stop.heed)) if done < len(problems) else None
             factory.start_checks(stack)
-            if not resume:
-                _begin(run, recipe)
+            _begin(run, recipe, resume=resume)
             if done:
                 say(f"resuming behind problem {done:,} of {len(problems):,}")
             again = f"{fathom_command()} synth {run.recipe} --resume"
@@ -281,10 +280,17 @@ def _admit(run: RunFolder, recipe: SynthRecipe, *, resume: bool, overwrite: bool
         )
 
 
-def _begin(run: RunFolder, recipe: SynthRecipe) -> None:
-    """Write the recipe, in the place of an older run. Its draws go first: they are not to be taken for this one's."""
+def _begin(run: RunFolder, recipe: SynthRecipe, *, resume: bool) -> None:
+    """Write the recipe, in the place of an older run, whose draws go first: they are not to be taken for this one's.
+
+    Of a run that is gone on with, the draws stay; its rows and counts go where the recipe has changed, for they are
+    not what it says, and come back with it from the draws.
+    """
+    if resume and read_recipe(run.recipe, [], SynthRecipe) == recipe:
+        return
+    made = (*(f"traces.{kind}" for kind in get_args(Format)), "synth.json")
     try:
-        for name in ("drawn.jsonl", *(f"traces.{kind}" for kind in get_args(Format)), "synth.json"):
+        for name in made if resume else ("drawn.jsonl", *made):
             (run.path / name).unlink(missing_ok=True)
         replace_text(run.recipe, dump_recipe(recipe))
     except OSError as error:

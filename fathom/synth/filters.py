@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 from fathom.config.synth import FilterSection
 from fathom.synth.candidates import Candidate
-from fathom.synth.words import ngrams, units
 from fathom.tasks import language
 from fathom.tasks.reading import Reading
 from fathom.tasks.task import Problem
+from fathom.tasks.words import ngrams, units
 
 Filter = Callable[[Candidate, Reading, Problem, FilterSection], bool]
 """Whether a candidate is to be dropped."""

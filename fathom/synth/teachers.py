@@ -17,14 +17,14 @@ from fathom.config.synth import SynthRecipe
 from fathom.data.template_encoding import TemplateEncoder
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.engine import Engine, EngineSettings
+from fathom.engine.protocol import Chunk, QueueFull, Request, Sampling, Ticket
 from fathom.engine.protocol import Engine as EngineProtocol
-from fathom.engine.protocol import Request, Sampling
 from fathom.engine.thinking import CLOSING, OPENING, find_think_tags
 from fathom.errors import UserError
 from fathom.model.checkpoint import load
 from fathom.synth.candidates import Candidate
 from fathom.tasks.faults import describe
-from fathom.tasks.task import Problem, Task
+from fathom.tasks.task import Problem, Task, half_character
 from fathom.train.machine import device, has_bf16
 from fathom.train.rollout import Asker, Drawn, draw
 from fathom.train.run import model_folder
@@ -79,6 +79,8 @@ class WorkedSolutions:
             raise UserError(f"task {task.called}: its solution() raised {describe(error, file)}; mend it") from error
         if thought is None or not asking.problem.answer:
             return Candidate("", asking.seed, failure="it writes no worked solution")
+        if half := half_character(str(thought)):
+            raise UserError(f"task {task.called}: its solution() holds {half}, half a character and no text; mend it")
         return Candidate(f"{OPENING}{thought}{CLOSING}{asking.problem.answer}", asking.seed)
 
 
@@ -115,11 +117,20 @@ class Model:
             )
             for place in fitting
         ]
-        drawn = dict(
-            zip(fitting, draw(self._engine, requests, retries=self._draw.retries, heed=self._heed), strict=True)
-        )
+        drawn = dict(zip(fitting, self._drawn(requests, again=bool(askings[0].attempts)), strict=True))
         no_room = Drawn(failure=f"its prompt leaves no room for draw.max_tokens = {self._draw.max_tokens}")
         return [self._candidate(asking, drawn.get(place, no_room)) for place, asking in enumerate(askings)]
+
+    def _drawn(self, requests: Sequence[Request], *, again: bool) -> list[Drawn]:
+        """As `draw`; but where an engine that works brings nothing, as a round of a few that are asked again may come
+        to, that is what has come of them. The run could never go on behind them otherwise."""
+        engine = _Watched(self._engine)
+        try:
+            return draw(engine, requests, retries=self._draw.retries, heed=self._heed)
+        except UserError as error:
+            if engine.failed or isinstance(error, QueueFull) or not (again or engine.ended):
+                raise
+            return [Drawn(failure=str(error)) for _ in requests]
 
     def _candidate(self, asking: Asking, drawn: Drawn) -> Candidate:
         text = "" if drawn.failure else self._tokenizer.decode(drawn.tokens)
@@ -153,6 +164,30 @@ class Model:
 
     def _verdict(self, attempt: Attempt) -> str:
         return self._draw.repair_text.replace("{answer}", attempt.answer)
+
+
+class _Watched:
+    """An engine, and what became of all that it was asked."""
+
+    def __init__(self, engine: EngineProtocol) -> None:
+        self._engine, self.context = engine, engine.context
+        self.statistics, self.close = engine.statistics, engine.close
+        self.failed = False
+        """Whether a completion failed by its fault."""
+        self.ended = False
+        """Whether it brought a completion to its end, if with nothing in it."""
+
+    def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> Ticket:
+        """As `Engine.submit`."""
+
+        def watched(chunk: Chunk) -> None:
+            if chunk.finish_reason in ("error", "cancelled"):
+                self.failed |= chunk.fault == "engine"
+            elif chunk.finish_reason is not None:
+                self.ended = True
+            deliver(chunk)
+
+        return self._engine.submit(request, watched)
 
 
 @contextmanager

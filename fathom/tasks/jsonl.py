@@ -2,13 +2,14 @@
 
 A row is an object with `question` (or `problem`) and `answer`, a text or a number, and may have `level` (from 1),
 `split` (`train`, `held-out` or `test`; all rows or none) and `language` (`en` or `zh`). Questions that differ in case
-or space alone are one. Of an answer in the form of GSM8K, `reasoning #### 42`, what follows `####` counts; of one that
-holds a `\\boxed{…}`, what it holds.
+or space alone are one; one that is held out is not for training with other punctuation either. Of an answer in the form
+of GSM8K, `reasoning #### 42`, what follows `####` counts; of one that holds a `\\boxed{…}`, what it holds.
 
 How answers are compared depends on the right one (`equality`): a number is compared as a number, a formula by value,
 a number with a unit as both, anything else as words.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -18,11 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fathom.errors import UserError
+from fathom.errors import UserError, nearest
 from fathom.tasks.equality import equal
 from fathom.tasks.task import Problem, Split, Task
 
 _QUESTIONS = ("question", "problem")
+_NEARLY = 0.65
 _SPLITS: dict[str, Split] = {"train": "train", "held-out": "held-out", "test": "held-out"}
 
 
@@ -33,7 +35,9 @@ class JsonLines(Task):
         """Reads the whole file. Raises `UserError` with the file, the line and what is wrong there."""
         self.name = str(path)
         self._rows: dict[int, list[Problem]] = defaultdict(list)
-        for problem in _read(path):
+        problems = _read(path)
+        self.hold_out(problem.question for problem in problems if problem.held_out)
+        for problem in problems:
             self._rows[problem.level].append(problem)
         self.levels = max(self._rows)
 
@@ -58,11 +62,11 @@ def _read(path: Path) -> list[Problem]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     _require_math_verify(path)
-    problems = [_problem(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    problems = {n: _problem(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()}
     if not problems:
         raise UserError(f"{path}: no rows; each line is an object with 'question' and 'answer'")
     _check_splits(problems, path)
-    return problems
+    return list(problems.values())
 
 
 def _require_math_verify(path: Path) -> None:
@@ -85,6 +89,7 @@ def _problem(line: str, where: str) -> Problem:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object with 'question' and 'answer', not {type(row).__name__}")
+    _check_keys(row, where)
     question, answer = _text(row, _QUESTIONS, where), _final(_text(row, ("answer",), where))
     if not answer:
         raise UserError(f"{where}: 'answer' is empty")
@@ -136,14 +141,32 @@ def _final(answer: str) -> str:
     return answer
 
 
-def _check_splits(problems: list[Problem], path: Path) -> None:
-    given = {problem.split for problem in problems}
+def _check_splits(problems: Mapping[int, Problem], path: Path) -> None:
+    """Raises `UserError` where rows, by their number, do not go together."""
+    given = {problem.split for problem in problems.values()}
     if None in given and len(given) > 1:
         raise UserError(f"{path}: some rows have 'split' and some have none; give it to all or to none")
     answers: dict[str, str] = {}
-    for problem in problems:
+    for problem in problems.values():
         if answers.setdefault(problem.key, problem.answer) != problem.answer:
             raise UserError(f"{path}: a question has two different answers; leave one out: {problem.question[:60]!r}")
-    held_out = {problem.key: problem.question for problem in problems if problem.split == "held-out"}
-    if both := next((held_out[p.key] for p in problems if p.split == "train" and p.key in held_out), None):
-        raise UserError(f"{path}: a question is both for training and held out: {both[:60]!r}")
+    held_out = {one.key: number for number, one in problems.items() if one.split == "held-out"}
+    for number, problem in problems.items():
+        if problem.split == "train" and (other := held_out.get(problem.key)) is not None:
+            raise UserError(
+                f"{path}: a question is both for training and held out: {problems[other].question[:60]!r} (rows "
+                f"{number} and {other}); leave one out"
+            )
+
+
+@functools.lru_cache
+def _meant(key: str, missing: tuple[str, ...]) -> str:
+    return nearest(key.casefold(), missing, cutoff=_NEARLY)
+
+
+def _check_keys(row: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` for what is nearly a key that may be left out, and would be."""
+    missing = tuple(key for key in ("level", "split", "language") if key not in row)
+    for key in row:
+        if meant := _meant(key, missing):
+            raise UserError(f"{where}: {key!a} is not read{meant}; spell it so, or name it otherwise")

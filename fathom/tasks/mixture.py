@@ -3,7 +3,8 @@ and logic at once.
 
 Problems are drawn from all parts equally often, and each is checked by the part that it is of. Parts may have different
 numbers of levels: the mixture has as many as the most of them, and each part's own are spread over those, so that
-level 1 is the easiest of all and the last the hardest. What a part holds out, the mixture holds out.
+level 1 is the easiest of all and the last the hardest. What a part holds out, the mixture holds out: a question that is
+held out in one file, and for training in another part, is passed over there.
 """
 
 import random
@@ -28,6 +29,7 @@ class Mixture(Task):
         for part in parts:
             require_levels(part)
         self.levels = max(part.levels for part in parts)
+        self.held_out_questions = frozenset().union(*(part.held_out_questions for part in parts))
 
     def problem(self, random: random.Random, level: int) -> Problem:
         """One of any part."""
@@ -41,6 +43,8 @@ class Mixture(Task):
         streams = [
             part.problems(split, level=self._level(place, level), seed=seed) for place, part in enumerate(self.parts)
         ]
+        if split == "train":
+            streams = [self._for_training(stream, level) for stream in streams]
         return self._mixed(streams, level, random.Random(f"{self.called} {split} {level} {seed}"))
 
     def check(self, problem: Problem, answer: str) -> float:

@@ -4,7 +4,8 @@ Everything that asks "is this true?" asks a task: rewards, evaluation, the data 
 
 Problems come from a seed and a level of difficulty (1 is the easiest). Those of training and those held out never meet:
 a problem belongs to the one or the other by a hash of its `key`, whatever seed and level it was drawn with, so that
-asking for more of either can never leak.
+asking for more of either can never leak. Where the same question may stand under two keys, as it may in a file or in
+several tasks together, those that are known to be held out (`hold_out`) are passed over in training.
 """
 
 import hashlib
@@ -12,12 +13,13 @@ import math
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from fathom.errors import UserError
 from fathom.tasks.faults import describe
+from fathom.tasks.words import units
 
 Split = Literal["train", "held-out"]
 Language = Literal["en", "zh"]
@@ -51,6 +53,8 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"a problem's {name} is {_short(value)}, which is no {kind.__name__.lower()}")
+            if kind is str and (half := half_character(value)):
+                raise ValueError(f"a problem's {name} holds {half}, half a character and no text")
         if self.level < 1:
             raise ValueError(f"a problem's level is {self.level}; levels count from 1")
         for name, values in (("language", get_args(Language)), ("split", (*get_args(Split), None))):
@@ -73,6 +77,8 @@ class Task(ABC):
     """How people call it; the class's name where empty."""
     levels: int = 1
     """Difficulties there are: 1 to this."""
+    held_out_questions: frozenset[tuple[str, ...]] = frozenset()
+    """Those that are known one by one, as `words.units`; of problems made by rule, none are unless `hold_out` says."""
 
     @abstractmethod
     def problem(self, random: random.Random, level: int) -> Problem:
@@ -95,7 +101,25 @@ class Task(ABC):
         require_levels(self)
         if not 1 <= level <= self.levels:
             raise UserError(f"task {self.called}: level {level} is not among 1 to {self.levels}")
-        return self._drawn(split, level, random.Random(f"{self.called} {split} {level} {seed}"))
+        found = self._drawn(split, level, random.Random(f"{self.called} {split} {level} {seed}"))
+        return self._for_training(found, level) if split == "train" else found
+
+    def hold_out(self, questions: Iterable[str]) -> None:
+        """From now on these are not among the training problems, in whichever case, spaces and punctuation."""
+        self.held_out_questions |= {tuple(units(question)) for question in questions}
+
+    def _for_training(self, problems: Iterator[Problem], level: int) -> Iterator[Problem]:
+        """Those that ask no known held-out question. Raises `UserError` where there are none."""
+        missed = 0
+        for problem in problems:
+            if not self.held_out_questions or tuple(units(problem.question)) not in self.held_out_questions:
+                missed = 0
+                yield problem
+            elif (missed := missed + 1) == _PATIENCE:
+                raise UserError(
+                    f"task {self.called}: level {level} has nothing for training that is not held out as well; take "
+                    "these questions out, or give it more problems"
+                )
 
     def _drawn(self, split: Split, level: int, source: random.Random) -> Iterator[Problem]:
         missed = 0
@@ -157,6 +181,15 @@ def judge(task: Task, problem: Problem, answer: str) -> Verdict:
     if not math.isfinite(score) or not 0 <= score <= 1:
         return Verdict(0.0, f"{task.called}: its check gave {score}, not a number from 0 to 1")
     return Verdict(score)
+
+
+def half_character(text: str) -> str:
+    """The first surrogate in it, spelt out, which no file can hold; empty where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])
+    return ""
 
 
 def _short(value: object) -> str:

@@ -83,6 +83,7 @@ def train_rl(
             engine = stack.enter_context(_engine(learner))
             roller = Roller(recipe, engine, learner.tokenizer, checker, stop.heed)
             problems = held_out_problems(task, recipe.task.levels, recipe.eval.problems, seed=recipe.seed)
+            task.hold_out(problem.question for problem in problems)  # under whichever key they come back
             if learner.progress.step < recipe.train.steps:
                 begin_run(run, recipe, overwrite=overwrite)
             else:

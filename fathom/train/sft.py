@@ -32,7 +32,7 @@ from fathom.model.forest import Forest, Tree
 from fathom.model.token_logprobs import Head, logprobs_and_entropy
 from fathom.model.transformer import Transformer
 from fathom.report.command import fathom_command
-from fathom.report.tables import count
+from fathom.report.tables import count, plural
 from fathom.train.display import Display, describe
 from fathom.train.metrics import MetricsLog
 from fathom.train.numbers import require_numbers
@@ -104,7 +104,7 @@ def train_sft(
         else:
             told.advise(f"all {total} steps are made; for more, raise train.epochs")
         if answers.too_long:
-            say(f"{answers.too_long} answers end after more than {answers.longest} tokens, and are left out {_LONGEST}")
+            say(f"left out: {plural(answers.too_long, 'answer')} of more than {answers.longest} tokens {_LONGEST}")
         if recipe.data.held_out and not answers.held_out:
             say("no answer is held out, so nothing can be measured; there are few: give data.held_out a larger share")
         say(
@@ -214,9 +214,7 @@ def read_answers(recipe: SFTRecipe, tokenizer: Tokenizer, *, context: int) -> An
     if not train and held_out:
         raise UserError(f"data.files: nothing to train on: all are held out; lower data.held_out = {data.held_out}")
     if not train and too_long:
-        raise UserError(
-            f"data.files: nothing to train on: all {too_long} answers end after more than {longest} tokens {_LONGEST}"
-        )
+        raise UserError(f"data.files: nothing to train on: all {too_long} have more than {longest} tokens {_LONGEST}")
     if not train:
         raise UserError("data.files: nothing to train on: the files hold no conversation")
     return Answers(train, held_out, longest, too_long)

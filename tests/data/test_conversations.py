@@ -173,6 +173,21 @@ BAD = {
     "says nothing": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "says nothing"),
     "only thinks": ({"messages": [USER, {"role": "assistant", "content": "<think>x</think>"}]}, "says nothing"),
     "half a character": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a character"),
+    "half a name": (
+        '{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}',
+        "half a character",
+    ),
+    "half a key": ('{"\\ud800": "x"}', r"the row has \?$"),
+    "a content misspelt": (
+        {"messages": [{"role": "user", "contnet": "x"}]},
+        r"'contnet', which is not read \(did you mean 'content'",
+    ),
+    "a thought misspelt": (
+        {"messages": [USER, {"role": "assistant", "content": "x", "reasoning_text": "y"}]},
+        r"'reasoning_text', which is not read \(did you mean 'reasoning_content'",
+    ),
+    "asks nothing": ({"messages": [{"role": "user", "content": None}]}, "role 'user' has no 'content'; it has role"),
+    "ShareGPT asks nothing": ({"conversations": [{"from": "human", "valeu": "x"}]}, "with 'from' .* and 'value'"),
     "ShareGPT": ({"conversations": [{"from": "nobody", "value": "x"}]}, "'conversations' has entries"),
 }
 
@@ -185,6 +200,47 @@ def test_rows_that_are_refused(row: Any, said: str, tmp_path: Path) -> None:
         list(read_conversations(written(tmp_path, good, row)))
     assert "rows.jsonl:2:" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_columns_that_are_not_read_cost_nothing(tmp_path: Path) -> None:
+    """A table's other columns may hold what Python has no value for: a time of nanoseconds, a date too far away."""
+    file = tmp_path / "rows.parquet"
+    row = [USER, {"role": "assistant", "content": "2"}]
+    times = {
+        "nano": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "far": pyarrow.array([2**60], pyarrow.timestamp("us")),
+    }
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [row], **times}), file)
+    (found,) = read_conversations(file)
+    assert [message["content"] for message in found.messages] == ["1+1?", "2"]
+
+
+def test_tables_that_are_refused(tmp_path: Path) -> None:
+    """Wrong columns and values of a table are named with file and row, in one line."""
+    text, far = pyarrow.string(), pyarrow.timestamp("us")
+    message, timed = {"role": "user", "content": "x"}, pyarrow.struct({"role": text, "at": far})
+    tables = {
+        "its columns are text, id$": {"text": ["x"], "id": [1]},
+        ":1: 'messages' is not a list": {"messages": [json.dumps([message])]},
+        ":1: a message has a 'role' .*, not None": {"messages": pyarrow.array([[None]], pyarrow.list_(timed))},
+        ":1: this row, or one of the 0 after it, holds a value that cannot be read": {
+            "messages": pyarrow.array([[{"role": "user", "at": 2**60}]], pyarrow.list_(timed))
+        },
+        ":1: no 'messages', .*; the row has messages": {"messages": pyarrow.array([None], pyarrow.list_(timed))},
+    }
+    for said, columns in tables.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=rf"rows.parquet.*{said}") as error:
+            list(read_conversations(tmp_path / "rows.parquet"))
+        assert "\n" not in str(error.value)
+
+
+def test_what_a_system_asks_is_the_question_where_no_user_speaks() -> None:
+    """So that such rows are not all one question, and on one side."""
+    answer = {"role": "assistant", "content": "2"}
+    asked = {"role": "system", "content": "Count."}
+    assert Conversation((asked, answer), "here").question == "Count."
+    assert Conversation((asked, USER, answer), "here").question == "1+1?"
 
 
 def test_files_that_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

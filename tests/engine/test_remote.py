@@ -283,7 +283,7 @@ def test_a_replay_that_draws_other_tokens_is_an_error(connect: Connect) -> None:
     endpoint = ScriptedEndpoint([FIRST, [STREAM, event(67, 66, finish="stop"), usage(), DONE]])
     outcome = run(connect(endpoint), [Request(HELLO, 9, Sampling(seed=4))])[0]
     assert (outcome.ids, outcome.last.finish_reason, outcome.last.fault) == ([65], "error", "engine")
-    assert "drawn anew (in a recipe rollout.retries" in outcome.last.message
+    assert "drawn anew (in a recipe retries" in outcome.last.message
 
 
 SEEDED = Request(HELLO, 9, Sampling(seed=4))
@@ -553,7 +553,7 @@ def models(*found: dict) -> bytes:
     ("answer", "settings", "words"),
     [
         (models(), {}, "it has none"),
-        (models(VLLM, VLLM | {"id": "n"}), {}, r"rollout.endpoint_model\); it has 'm', 'n'"),
+        (models(VLLM, VLLM | {"id": "n"}), {}, r"a recipe endpoint_model\); it has 'm', 'n'"),
         (models(VLLM), {"model": "mm"}, r"no model 'mm' \(did you mean 'm'\?\)"),
         (models({"id": "m"}), {}, "max_model_len"),
         (plain(200, "<html>", kind="text/html"), {}, "cannot be read"),
@@ -584,11 +584,21 @@ def test_the_model_and_its_context_can_be_given(connect: Connect) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "127.0.0.1:8000", "ftp://host/v1", "http://", "http://user:sk-1@host/v1", "http://h/v1?a=1", "http://h:x/"],
+    [
+        "",
+        "127.0.0.1:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://user:sk-1@host/v1",
+        "http://h/v1?a=1",
+        "http://h:x/",
+        "http://xn--/v1",
+        "http://h/\x7f",
+    ],
 )
 def test_addresses_that_cannot_be_meant(url: str) -> None:
     """They are refused without being repeated, since there may be a password in them."""
-    with pytest.raises(UserError, match=r"^url \(in a recipe rollout.endpoint\): ") as refusal:
+    with pytest.raises(UserError, match=r"^url \(in a recipe endpoint\): ") as refusal:
         RemoteEngine(RemoteSettings(url=url), PLAIN)
     assert "sk-1" not in str(refusal.value)
 

@@ -1,6 +1,7 @@
 """`fathom eval` as a person meets it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import fathom.evaluate.evaluate as module
 from fathom.cli import main
 from fathom.config.recipe import dump_recipe
 from fathom.config.rl import RLRecipe
+from fathom.evaluate.answers import EngineAnswers
 from fathom.evaluate.command import recipe_of
 from fathom.model.checkpoint import save_model
 from tests.engine.running import MLA, TAGGED
@@ -98,6 +100,59 @@ def test_ctrl_c_leaves_what_was_measured(
     assert "interrupted; above is what 2 problems gave until then" in err
 
 
+def _asked(run: Path, *words: str) -> int:
+    return main(["eval", str(run), "--samples", "2", "--dtype", "float32", *words])
+
+
+def _problems(file: Path) -> list[int]:
+    return [one["problems"] for one in json.loads(file.read_text(encoding="utf-8"))["measurements"]]
+
+
+@pytest.fixture
+def own(run: Path) -> Iterator[Path]:
+    """The run, without an evaluation before and after."""
+    left = [run / f"{name}.{kind}" for name in ("evaluation", "evaluation-smaller") for kind in ("json", "svg")]
+    for file in left:
+        file.unlink(missing_ok=True)
+    yield run
+    for file in left:
+        file.unlink(missing_ok=True)
+
+
+def test_a_smaller_measurement_does_not_replace_a_run_s_own(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer problems go beside it, with a sentence; more replace it, and so does whatever goes to `--json`."""
+    kept, beside = own / "evaluation.json", own / "evaluation-smaller.json"
+    assert _asked(own, "--problems", "6") == 0
+    assert _asked(own, "--problems", "3") == 0
+    out, err = capsys.readouterr()
+    assert f"{kept} holds what these numbers do not, and stays" in err
+    assert f"wrote {beside} and" in out
+    assert (_problems(kept), _problems(beside)) == ([6], [3])
+    assert _asked(own, "--problems", "7") == 0
+    assert _problems(kept) == [7]
+    assert _asked(own, "--problems", "3", "--json", str(kept)) == 0
+    assert _problems(kept) == [3]
+
+
+def test_what_was_broken_off_does_not_replace_what_is_whole(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C after the last problem of a longer evaluation: the run keeps the shorter one that was complete."""
+    assert _asked(own, "--problems", "3") == 0
+    grade, count = module.grade, iter(range(9))
+
+    def interrupted(*arguments: object) -> object:
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return grade(*arguments)
+
+    monkeypatch.setattr(module, "grade", interrupted)
+    assert _asked(own, "--problems", "6", "--levels", "3") == 130
+    assert _problems(own / "evaluation.json") == [3]
+    assert _problems(own / "evaluation-smaller.json") == [4]
+    assert "holds what these numbers do not, and stays" in capsys.readouterr().err
+
+
 BAD = {
     "nothing": ([], "give either MODEL or --endpoint"),
     "both": (["RUN", "--endpoint", "http://h"], "give either MODEL or --endpoint"),
@@ -112,15 +167,21 @@ BAD = {
     "folder": (["RUN", "--json", "."], "is a folder"),
     "the chart's name": (["RUN", "--json", "x.svg"], "the chart goes there"),
     "nowhere": (["RUN", "--json", "no/where.json"], "no: no such folder"),
+    "not to be written": (["RUN", "--json", f"{'x' * 245}.json"], "cannot be written (File name too long)"),
+    "dtype of a server": (["--endpoint", "http://h", "--dtype", "float32"], "--dtype is about MODEL"),
     "no key": (["--endpoint", "http://h", "--task", "modular", "--key-env", "NO_SUCH_KEY"], "no such environment"),
     "no model": (["no-such-model", "--task", "modular"], "no-such-model"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes_are_one_line(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, one line on standard error that names the mistake, nothing on standard output."""
+def test_mistakes_are_one_line(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, one line on standard error that names the mistake before anything is measured, nothing on standard
+    output."""
     words, said = BAD[name]
+    monkeypatch.setattr(EngineAnswers, "replies", None)
     places = {"RUN": str(run), "MODEL": str(_away(run))}
     assert main(["eval", *(places.get(word, word) for word in words)]) == 2
     out, err = capsys.readouterr()

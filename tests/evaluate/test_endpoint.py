@@ -76,6 +76,9 @@ ANSWERS = {
     "cut off in the thought": (chat(None, reasoning_content="3 an", finish="length"), "<think>3 an", False),
     "cut off": (chat("it is", finish="length"), "it is", False),
     "nothing": (chat(None), "", True),
+    "half a character": (chat("7 \ud83d"), "7 \ufffd", True),
+    "a whole one in halves": (chat("7 \U0001f600"), "7 \U0001f600", True),
+    "nothing but its text": (plain(200, '{"choices": [{"message": {"content": "7"}}]}'), "7", True),
 }
 
 
@@ -101,8 +104,9 @@ def test_tokens_are_those_that_the_server_counts() -> None:
 
 
 def test_a_server_in_trouble_is_asked_again() -> None:
-    """503, 429 and a connection that breaks off cost time and no sample."""
-    for trouble in (plain(503, "{}"), plain(429, "{}", "Retry-After: 0"), RESET):
+    """503, 429, a proxy's trouble, an error behind a status of 200 and a broken connection cost time and no sample."""
+    told = plain(200, '{"error": {"message": "upstream", "code": 502}}')
+    for trouble in (plain(503, "{}"), plain(524, ""), plain(529, ""), plain(429, "{}", "Retry-After: 0"), RESET, told):
         with connected(trouble, chat("7")) as (endpoint, answers):
             assert ask(answers)[0].text == "7"
         assert len(endpoint.bodies) == 2
@@ -112,7 +116,9 @@ FAILURES = {
     "401": (plain(401, '{"error": {"message": "bad key"}}'), "HTTP 401.*bad key; give the server's key .*--key-env"),
     "404": (plain(404, ""), "/chat/completions: HTTP 404"),
     "no JSON": (plain(200, "<html>"), "sent what cannot be read .*'<html>'"),
-    "no choices": (plain(200, '{"choices": []}'), "sent what cannot be read .*choices"),
+    "no choices": (plain(200, '{"choices": []}'), "gives no answer to this request .no choices"),
+    "null choices": (plain(200, '{"choices": null}'), "sent what cannot be read .*choices"),
+    "moved": (plain(308, "", "Location: /v2"), "redirects to /v2, which is not followed; give the address itself"),
     "400": (plain(400, '{"error": "too long"}'), "HTTP 400 .*: too long"),
     "down": (plain(500, "{}"), r"HTTP 500 .* \(tried 3 times\)"),
 }
@@ -128,12 +134,24 @@ def test_a_server_that_cannot_be_used(name: str) -> None:
     assert len(endpoint.bodies) < CHAT.problems
 
 
-def test_a_question_that_the_server_refuses_is_left_out() -> None:
-    """One 400 after an answer costs that problem alone, and is told."""
-    with connected(chat("7"), plain(400, '{"error": "unwanted"}'), chat("7")) as (_, answers):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [(plain(400, '{"error": "unwanted"}'), "unwanted"), (plain(200, '{"choices": []}'), "no choices")],
+)
+def test_a_question_that_the_server_refuses_is_left_out(answer: bytes, said: str) -> None:
+    """One 400, or an answer without any, after a good one costs that problem alone, and is told."""
+    with connected(chat("7"), answer, chat("7")) as (_, answers):
         found = evaluate(answers, CHAT, model="m").measurements[0]
     assert (found.problems, found.left_out) == (7, 1)
-    assert "unwanted" in found.left_out_for
+    assert said in found.left_out_for
+
+
+def test_a_server_that_breaks_later_costs_nothing_measured() -> None:
+    """What was answered before a page in the place of an answer is returned, with the reason why there is no more."""
+    with connected(chat("7"), chat("7"), plain(200, "<html>")) as (_, answers):
+        found = evaluate(answers, CHAT, model="m")
+    assert found.measurements[0].problems == 2
+    assert "sent what cannot be read" in found.stopped
 
 
 def test_leaving_early_closes_connections() -> None:
@@ -158,7 +176,7 @@ def test_nobody_there() -> None:
 
 
 def test_what_other_servers_cannot_be_asked() -> None:
-    """Thoughts are cut by `fathom serve` alone, and a chat template opens them by itself."""
+    """Thoughts are cut, and begun at a word, by `fathom serve` alone."""
     with connected(models=plain(200, json.dumps({"data": [VLLM]}))) as (_, answers):
         with pytest.raises(UserError, match=r"budgets: .* 'fathom serve' alone"):
             answers.require(CHAT.replace(budgets=(3,)))
@@ -169,16 +187,30 @@ def test_what_other_servers_cannot_be_asked() -> None:
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' }}{# </think> #}"
 
 
-@pytest.mark.parametrize("style", ["chat", "template"])
-def test_our_own_service_answers_as_its_engine(style: str) -> None:
-    """The same seeds give the same scores, lengths and ends through `fathom serve` as without it, at every budget."""
-    vocabulary = byte_vocabulary(tags=True, template=TEMPLATE) if style == "chat" else TAGGED
-    settings = MODULAR.replace(prompt={"style": style}, problems=4, budgets=(0, 5))
+IF_ASKED = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if enable_thinking }}{# </think> #}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "budgets"),
+    [
+        ({"style": "chat"}, TEMPLATE, (0, 5)),
+        ({"style": "chat", "opens_thought": True}, IF_ASKED, (5, 9)),
+        ({"style": "template"}, None, (0, 5)),
+    ],
+    ids=["chat", "thinking", "template"],
+)
+def test_our_own_service_answers_as_its_engine(prompt: dict, template: str | None, budgets: tuple[int, ...]) -> None:
+    """The same seeds give the same scores, lengths and ends through `fathom serve` as without it, at every
+    budget, and a chat thinks where it is asked to; a budget of 0 takes that back."""
+    vocabulary = byte_vocabulary(tags=True, template=template) if template else TAGGED
+    settings = MODULAR.replace(prompt=prompt, problems=4, budgets=budgets)
     with engine_of(build(MLA)) as engine, running(engine, vocabulary) as (url, _):
         here = _lengths(EngineAnswers(engine, vocabulary), settings)
         with EndpointAnswers(RemoteSettings(url=url)) as answers:
             there = _lengths(answers, settings)
+            unthinking = evaluate(answers, settings.replace(budgets=(0,)), model="m")
     assert there == here
+    assert not unthinking.stopped
 
 
 def _lengths(answers: EngineAnswers | EndpointAnswers, settings: EvaluationSettings) -> list:

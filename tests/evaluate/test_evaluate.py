@@ -1,5 +1,6 @@
 """Evaluations as a whole: what is asked, what is counted, and what is left when one ends early."""
 
+import json
 import random
 import threading
 from collections.abc import Callable
@@ -100,6 +101,13 @@ def test_transcripts_are_of_the_same_problems_for_every_model() -> None:
     assert right.as_json()["samples"] == settings.samples
 
 
+def test_half_a_character_can_be_written() -> None:
+    """In a thought and in an answer it is a question mark, so that minutes of measuring end in a file."""
+    answers = Scripted(lambda p, n, b: f"<think>a\ud83d</think>{p.answer}\udc00")
+    text = json.dumps(evaluate(answers, MODULAR, model="m").as_json(), ensure_ascii=False)
+    assert text.encode().count(b"a?") == 4
+
+
 def test_a_transcript_stays_short() -> None:
     """A thought of a hundred thousand letters keeps its two ends; problems go from the lowest level to the highest, few
     are shown all, and none twice."""
@@ -119,6 +127,7 @@ def test_language_is_that_of_the_thoughts_with_words() -> None:
     answers = Scripted(lambda p, n, b: f"<think>{said[n]}</think>{p.answer}")
     found = evaluate(answers, MODULAR, model="m")
     assert found.measurements[0].as_json()["language"] == 0.5
+    assert found.measurements[0].as_json()["language_thoughts"] == 2 * 8
     assert evaluate(Scripted(lambda p, n, b: p.answer), MODULAR, model="m").measurements[0].language is None
 
 

@@ -13,6 +13,7 @@ from fathom.evaluate.evaluate import Progress, evaluate
 from fathom.evaluate.figures import HEIGHT, draw_evaluation
 from fathom.evaluate.results import Evaluation
 from fathom.evaluate.screen import ProgressView, notes, show
+from fathom.evaluate.statistics import Estimate
 from tests.evaluate.scripted import MODULAR, Scripted
 
 
@@ -44,6 +45,20 @@ def test_language_is_told_where_it_was_not_kept(found: Evaluation) -> None:
         show(replace(found, measurements=measurements), _plain(file))
         assert ("language kept" in file.getvalue()) is told
         assert ("87.5 % of the words of a thought" in file.getvalue()) is told
+
+
+def test_unread_answers_of_cut_thoughts_have_a_column(found: Evaluation) -> None:
+    """A low share at a budget may be a layout that found nothing, and no lack of thought. 80 letters hold a row."""
+    sure = Estimate(1.0, 0.971, 1.0)
+    cut = tuple(
+        one if one.budget is None else replace(one, unread=0.375, pass_at={1: sure}) for one in found.measurements
+    )
+    file = io.StringIO()
+    show(replace(found, measurements=cut), Console(file=file, width=80))
+    heading, first, second = file.getvalue().partition("thought at most")[2].splitlines()[:3]
+    assert heading.rstrip().endswith("no answer")
+    for budget, row in (("0", first), ("9", second)):
+        assert row.split() == [budget, "100.0", "%", "(97.1–100.0)", "4", "10", "37.5", "%"]
 
 
 def test_what_must_be_known_is_said(found: Evaluation) -> None:
@@ -78,6 +93,18 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     for done in (1, 4, 5):
         view.tell(Progress("modular", 16, done, 12))
     assert file.getvalue() == "modular, 16 tokens of thought: 4 of 12 problems, 22 s left\n"
+
+
+def test_titles_of_charts_end_inside_the_picture(found: Evaluation) -> None:
+    """A task without its options, where that tells it apart, and never more than there is room for."""
+    for name, said in (("modular?levels=2&more=yes", "modular: by level"), ("p" * 300 + ".jsonl", "…")):
+        renamed = tuple(replace(one, task=name) for one in found.measurements)
+        settings = found.settings.replace(tasks=(name,))
+        svg = ElementTree.fromstring(draw_evaluation(replace(found, settings=settings, measurements=renamed)))
+        titles = [text.text for text in svg.iter() if text.get("class") == "title"]
+        assert len(titles) == 3
+        assert titles[2].endswith(said)
+        assert all(len(title) < 80 for title in titles)
 
 
 def test_charts_show_values_and_intervals(found: Evaluation) -> None:

@@ -55,6 +55,27 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
     assert least <= held / 400 <= 0.98
 
 
+@pytest.mark.parametrize(("easy", "hard"), [(0.8, 0.4), (1, 1), (2, 8)])
+def test_the_intervals_of_sets_of_samples_hold_the_truth_too(easy: float, hard: float) -> None:
+    """pass@4 out of 8 samples of 60 problems, whose sets overlap: 90 to 99 % of 300 simulated evaluations."""
+    draw = random.Random(5)
+    pool = [draw.betavariate(easy, hard) for _ in range(20_000)]
+    truth = sum(1 - (1 - chance) ** 4 for chance in pool) / len(pool)
+    held = 0
+    for _ in range(300):
+        chances = [draw.betavariate(easy, hard) for _ in range(60)]
+        right = [sum(draw.random() < chance for _ in range(8)) for chance in chances]
+        found = estimate([pass_at(4, samples=8, right=count) for count in right], 8 // 4)
+        held += found.low <= truth <= found.high
+    assert 0.9 <= held / 300 <= 0.99
+
+
+def test_one_problem_has_an_interval() -> None:
+    """However often it was asked, it is one draw."""
+    assert estimate([0.5], 64) == estimate([0.5], 1)
+    assert (estimate([1.0], 64).low, estimate([0.0], 64).high) == pytest.approx((0.2065, 0.7935), abs=1e-4)
+
+
 def test_pass_at_k_by_hand() -> None:
     """2 of 5 right: one of one 2/5, one of two 1 − 3/10, one of four 1."""
     assert [pass_at(k, samples=5, right=2) for k in (1, 2, 4, 5)] == pytest.approx([0.4, 0.7, 1.0, 1.0])

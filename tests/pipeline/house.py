@@ -73,13 +73,11 @@ def build(folder: Path) -> Path:
     return folder / "house.toml"
 
 
-def run(file: Path, runs: Path, *words: str, redo: bool = False) -> tuple[PipelineResult, str]:
+def run(file: Path, runs: Path, *words: str, redo: bool = False, fresh: bool = False) -> tuple[PipelineResult, str]:
     """A session in the folder `runs`: its result, and what was said."""
     said = io.StringIO()
-    console = Console(file=said, width=200)
-    return run_pipeline(
-        read_pipeline(file, list(words)), file.parent, console=console, runs=runs, redo=redo
-    ), said.getvalue()
+    how = {"console": Console(file=said, width=200), "runs": runs, "redo": redo, "fresh": fresh}
+    return run_pipeline(read_pipeline(file, list(words)), file.parent, **how), said.getvalue()
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -76,6 +76,7 @@ def test_a_stopped_pipeline_goes_on_as_if_it_had_not_been(
     assert "stopped in stage student; run the same command again" in said
     assert "--resume" not in said
     assert not (tmp_path / "house" / "zero").exists()
+    assert 0 < read_state(tmp_path / "house")["student"].done < 1
     resumed, said = run(file, tmp_path)
     assert said.count("finished before") == 1
     assert not resumed.interrupted
@@ -190,6 +191,42 @@ def test_an_older_state_is_readable(tmp_path: Path) -> None:
     """A pipeline.json without joules is read, and says that they are not known."""
     (tmp_path / "pipeline.json").write_text('{"base": {"verb": "rl", "fingerprint": "x", "finished": true}}')
     assert read_state(tmp_path) == {"base": StageState("rl", "x", finished=True, joules=None)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"base": 3}',
+        '{"base": {"verb": "rl"}}',
+        '{"base": {"verb": "rl", "fingerprint": "x", "seconds": "many"}}',
+        '{"base": {"verb": "rl", "fingerprint": "x", "evaluation": [1]}}',
+        '{"base": {"verb": "rl", "fingerprint": "x", "of a newer": 1}}',
+        "\\ud800",
+    ],
+)
+def test_a_damaged_state_is_one_line(text: str, file: Path, tmp_path: Path) -> None:
+    """It says what to do, and nothing that was made is touched."""
+    result, _ = run(file, tmp_path)
+    before = weights(result.folder)
+    (result.folder / "pipeline.json").write_text(text)
+    with pytest.raises(UserError, match=r"pipeline.json: damaged, or of a newer Fathom .*another --name") as error:
+        run(file, tmp_path)
+    assert "\n" not in str(error.value)
+    assert weights(result.folder) == before
+
+
+def test_a_measurement_that_cannot_be_read_is_made_again(file: Path, tmp_path: Path) -> None:
+    """A finished stage whose evaluation lacks what is read of it stays finished."""
+    result, _ = run(file, tmp_path)
+    state = json.loads((result.folder / "pipeline.json").read_text())
+    del state["student"]["evaluation"]["measurements"][0]["pass@k"]
+    (result.folder / "pipeline.json").write_text(json.dumps(state))
+    _, said = run(file, tmp_path)
+    assert (said.count("finished before"), said.count("measured again")) == (3, 1)
+    assert read_state(result.folder)["student"].evaluation is not None
 
 
 BAD = {

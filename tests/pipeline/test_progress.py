@@ -84,6 +84,36 @@ def test_time_left_is_right_after_a_resumption() -> None:
     assert left == pytest.approx(machine.now - now, rel=0.3)
 
 
+def test_time_left_of_a_broken_stage_is_of_what_is_left_of_it() -> None:
+    """Before its first step, what it had come to counts, on a machine four times as slow as foreseen."""
+    base = StageState("pretrain", "", True, 4.0 * 360)
+    states = {"base": base, "zero": StageState("rl", "", seconds=4.0 * 45, done=0.75)}
+    progress = PipelineProgress(STAGES, states, record=lambda: None)
+    progress.begin(STAGES[1], None)
+    assert progress.seconds_left() == pytest.approx(4.0 * (15 + 6 + 24 + 6 + 48))
+
+
+def test_measuring_again_takes_its_time() -> None:
+    """Finished stages that are to be measured otherwise count what that takes by the measurements there are, until
+    their turn is over."""
+    cost = {"problems": 64, "samples": 4, "cost": {"seconds": 5.0}}
+    states = {
+        stage.name: StageState(stage.verb, "", True, 60.0, None if stage.verb == "synth" else {"measurements": [cost]})
+        for stage in STAGES
+    }
+    more = SETTINGS.replace(samples=8)
+    again = {stage.name: more for stage in STAGES if stage.verb != "synth"}
+    progress = PipelineProgress(STAGES, states, record=lambda: None, again=again)
+    assert progress.seconds_left() == pytest.approx(50)
+    progress.begin_again(STAGES[1])
+    assert progress.seconds_left() == pytest.approx(40)
+    progress.moved(0.5)
+    assert progress.seconds_left() == pytest.approx(35)
+    progress.begin_again(STAGES[5])
+    progress.moved(1.0)
+    assert progress.seconds_left() == pytest.approx(0)
+
+
 def test_no_time_is_guessed_without_minutes() -> None:
     """Where a stage that is left does not say what it takes, nothing is said of the whole; once it is over, it is."""
     stages = [STAGES[0], StageSection(name="zero", verb="rl"), STAGES[5]]

@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from unicodedata import combining, east_asian_width
 from xml.etree import ElementTree
 
 import pytest
@@ -62,6 +63,39 @@ def test_everything_lies_inside_the_picture() -> None:
             assert first >= -1
             assert first + room <= width + 8
             assert 0 < float(text.get("y", "nan")) < 250
+
+
+def _length(words: str) -> float:
+    """Of Latin letters 7 units, of Chinese ones 13, and of what stands above others nothing."""
+    return sum(0 if combining(sign) else 13 if east_asian_width(sign) in "WF" else 7 for sign in words)
+
+
+@pytest.mark.parametrize("name", ["n" * 200, "很长的名字" * 30, "e\u0301" * 40, "مهمة" * 40])
+def test_names_in_any_writing_end_inside_the_picture(name: str) -> None:
+    """Titles, legends and the names of bars: a Chinese sign takes the room of almost two letters, an accent none."""
+    line = Series(name, ((0, 1.0), (1, 2.0)))
+    chart = Chart("c", name, (line, Series("b", line.points)), Axis("value"))
+    bars = Bars("b", name, ((name, (Share(0.1), Share(0.9))),), (name, "b"))
+    for width in (360, 720):
+        for svg in (draw(chart, width=width, alone=True), draw_bars(bars, width=width, alone=True)):
+            root = ElementTree.fromstring(svg)
+            for text in root.iter(f"{SVG}text"):
+                if text.get("text-anchor") == "start" and (text.text or "").startswith(name[:4]):
+                    larger = 16 / 13 if text.get("class") == "title" else 1
+                    assert float(text.get("x", "nan")) + larger * _length(text.text or "") <= width
+    assert name[:80] in draw(Chart("c", name[:80], (line,), Axis("value")), width=1400, alone=True)
+
+
+def test_a_picture_is_xml_whatever_its_names_are() -> None:
+    """Control characters, halves of characters and mark-up in a name."""
+    name = "\x00\x1b[31m\ud83d\uffff</text><script>"
+    for svg in (
+        draw(Chart("c", name, (Series(name, ((0, 1.0), (1, 2.0))),), Axis("value")), alone=True),
+        draw_bars(Bars("b", name, ((name, (Share(0.5),)),)), alone=True),
+    ):
+        assert not [element for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("script")]
+        assert "␀␛[31m\ufffd\ufffd&lt;/text&gt;" in svg
+        svg.encode()
 
 
 def test_a_chart_speaks() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -151,11 +152,92 @@ def test_what_was_measured_by_itself_is_told(tmp_path: Path) -> None:
     rows = table_of(page, "Measured on held-out problems")
     assert [row[1] for row in rows[1:]] == ["as many as it takes", "0", "5"]
     assert rows[1][2:4] == ["8 × 4", "75.0 % (57.9–86.7)"]
+    assert [row[-1] for row in rows] == ["no answer found", "0.0 %", "0.0 %", "0.0 %"]
     assert {"More thought: modular", "More samples: modular"} <= set(_figures(page))
     assert page.count('<div class="turn ') == 4
     assert "&lt;/pre&gt;&lt;script&gt;alert(1)" in page
     assert references(page) == []
     assert write_report(run, tmp_path / "x.svg", figure="scaling").exists()
+
+
+def test_an_evaluation_that_was_broken_off_is_said_to_be(tmp_path: Path) -> None:
+    """With the reason."""
+    run = _run(tmp_path / "r", LEARNS, [_train(1, accuracy=0.5)])
+    (run / "evaluation.json").write_text(json.dumps(evaluation(3) | {"complete": False, "stopped": "interrupted"}))
+    assert "Not complete (interrupted): these are the problems that had ended by then" in _page(run)
+    (run / "evaluation.json").write_text(json.dumps(evaluation(3)))
+    assert "Not complete" not in _page(run)
+
+
+def test_an_evaluation_of_another_version_is_shown(tmp_path: Path) -> None:
+    """Settings that this one does not know are no reason to refuse numbers that it does."""
+    run = _run(tmp_path / "r", LEARNS, [_train(1, accuracy=0.5)])
+    found = evaluation(3)
+    found["settings"] |= {"of_tomorrow": 1}
+    (run / "evaluation.json").write_text(json.dumps(found | {"version": 9}))
+    assert table_of(_page(run), "Measured on held-out problems")[1][3] == "75.0 % (57.9–86.7)"
+
+
+def test_half_characters_and_what_xml_forbids_are_shown(tmp_path: Path) -> None:
+    """Surrogates, non-characters and control characters, in the page and in a picture, which stays XML."""
+    run, odd = _run(tmp_path / "r", LEARNS, [_train(1, accuracy=0.5)]), "a\ud83d\ufffe\x01\x85\u202e<b>العربية 中文"
+    found = evaluation(3, MODULAR.replace(budgets=(0, 5)))
+    for measured in found["measurements"]:
+        measured["task"] = odd
+        measured["transcripts"][0] |= {"thought": odd, "answer": odd}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    kept = {"step": 1, "question": odd, "completion": f"{odd} wait {odd}", "word": "wait"}
+    (run / "first_correction.json").write_text(json.dumps(kept))
+    page = _page(run)
+    assert page.count("a\ufffd\ufffd␁\ufffd\u202e&lt;b&gt;العربية 中文") > 5
+    svg = write_report(run, tmp_path / "x.svg", figure="scaling").read_text(encoding="utf-8")
+    ElementTree.fromstring(svg)
+    assert write_report(run, tmp_path / "x.png", figure="scaling").read_bytes().startswith(b"\x89PNG")
+
+
+ODD = {
+    "evaluation.json": ['{"version": 2, "mod', "[]", "{}", '{"settings": {}, "measurements": [{"task": "t"}]}'],
+    "first_correction.json": ["{}", '{"step": null, "question": "", "completion": "", "word": ""}', "7"],
+    "synth.json": ["{}", '{"total": 5}', '{"total": {"drawn": 1, "right": 1, "kept": 1}, "rounds": [], "levels": []}'],
+    "metrics.jsonl": [None, "[]\n", "null\n", '{"kind": "train", "step": 1.5}\n'],
+    "samples.md": [None],
+    "recipe.toml": [None, "name = "],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, all in ODD.items() for content in all])
+def test_odd_files_are_named_in_a_line(tmp_path: Path, name: str, content: str | None) -> None:
+    """Truncated, of another kind, or a folder (None) in a file's place: what is wrong with which file."""
+    run = _run(tmp_path / "r", DRAWS if name == "synth.json" else LEARNS, [_train(1, accuracy=0.5)])
+    if content is None:
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+    else:
+        (run / name).write_text(content)
+    with pytest.raises(UserError) as said:
+        write_report(run)
+    assert name.partition(".")[0] in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+def test_odd_values_do_no_harm(tmp_path: Path) -> None:
+    """A recipe whose fields are of other kinds, and metrics that are no numbers or no shares."""
+    for number, recipe in enumerate(
+        ("tasks = 5", 'tasks = "x"', "data.files = 5", 'data.files = "some.jsonl"', "task = 1")
+    ):
+        page = _page(_run(tmp_path / f"r{number}", f'name = ["x"]\ntrain = 5\n{recipe}\n', [_train(1, loss="a")]))
+        assert "s, o, m, e" not in page
+    lines = [_train(1, accuracy=7.0, completion_tokens=-4.0, thought_tokens=None), _evaluation(2, **{"pass@1": "x"})]
+    _page(_run(tmp_path / "m", LEARNS, [*lines, _evaluation(3, **{"pass@1": -0.5, "pass@1/level_a": 0.5})]))
+
+
+def test_no_candidate_is_no_division(tmp_path: Path) -> None:
+    """Where nothing was drawn, shares are not known."""
+    nothing = {"drawn": 0, "right": 0, "kept": 0}
+    counts = {"total": nothing | {"dropped": {"not drawn": 3}}, "rounds": [], "levels": []}
+    run = _run(tmp_path / "r", DRAWS, [])
+    (run / "synth.json").write_text(json.dumps(counts))
+    assert table_of(_page(run), "Why candidates were not kept")[1] == ["not drawn", "3", "–"]
 
 
 def test_what_the_model_writes_is_only_text(tmp_path: Path) -> None:
@@ -252,6 +334,11 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == f"wrote {run}/report.html\n"
     assert main(["report", str(run), "--out", str(tmp_path / "loss.svg")]) == 0
     assert (tmp_path / "loss.svg").read_text().startswith("<svg ")
+    assert main(["report", str(run), "--out", str(tmp_path / "LOSS.SVG")]) == 0
+    assert (tmp_path / "LOSS.SVG").read_text() == (tmp_path / "loss.svg").read_text()
+    assert main(["report", str(run), "--out", str(tmp_path / "loss.jpg")]) == 2
+    assert "loss.jpg: a page's name ends in .html, a figure's in .svg or .png" in capsys.readouterr().err
+    assert not (tmp_path / "loss.jpg").exists()
     assert main(["report", str(run), "--out", str(tmp_path / "no" / "page.html")]) == 2
     assert "no/page.html: cannot be written (No such file or directory)" in capsys.readouterr().err
 

@@ -12,6 +12,9 @@ import pytest
 from fathom.config.hf import read_config
 from fathom.errors import UserError
 from fathom.model.accounting import flops_per_token
+from fathom.pipeline.state import read_state
+from fathom.pipeline.table import result_of
+from fathom.report.cost import duration
 from fathom.report.page import write_report
 from fathom.report.stages import Story
 from fathom.report.tables import quantity
@@ -207,11 +210,11 @@ def test_the_first_correction_stands_in_its_stage(whole: Path) -> None:
 
 def test_a_long_correction_keeps_its_word(whole: Path) -> None:
     """Of a completion of 50,000 letters the part around the word is shown."""
-    long = CORRECTION | {"completion": "a" * 30_000 + " wait " + "b" * 20_000}
-    (whole / "first-floor" / "first_correction.json").write_text(json.dumps(long))
+    file, without = whole / "first-floor" / "first_correction.json", _page(whole)
+    file.write_text(json.dumps(CORRECTION | {"completion": "a" * 30_000 + " wait " + "b" * 20_000}))
     page = _page(whole)
     assert "aaa <mark>wait</mark> bbb" in page
-    assert len(page) < len(_page(whole)) + 1
+    assert len(page) < len(without) + 5000
     assert "a" * 3000 not in page
 
 
@@ -251,6 +254,42 @@ def test_language_has_a_column_where_a_model_mixed(whole: Path) -> None:
     assert (rows["first-floor"][place], rows["best"][place], rows["bricks"][place]) == ("75.0 %", "100.0 %", "")
 
 
+def test_a_figure_of_one_model_says_whose_it_is(whole: Path) -> None:
+    """The vote and the cut thoughts may be of different stages, and one line has no legend."""
+    found = house.states(whole)
+    found["best"]["evaluation"] = house.evaluation(3, MODULAR.replace(budgets=(0, 5)))
+    found["first-floor"]["evaluation"] = house.evaluation(3, MODULAR.replace(samples=8))
+    house.write_states(whole, found)
+    page = _page(whole)
+    assert "solved where the thought of best is cut off" in page
+    assert table_of(page, "More samples: modular")[0] == ["samples of first-floor that vote", "first-floor"]
+
+
+def test_points_that_are_means_are_said_to_be(whole: Path) -> None:
+    """In the stage whose lines are thinned, and in no other."""
+    assert "is the mean of" not in _page(whole)
+    lines = (json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in range(1, 501))
+    (whole / "best" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    page = _page(whole)
+    assert page.count("is the mean of 3 steps") == 1
+    assert "is the mean of 3 steps" in page.partition('id="stage-4"')[2].partition('id="stage-5"')[0]
+
+
+def test_language_and_thoughts_are_means_of_answers(whole: Path) -> None:
+    """A task of a tenth of the answers counts a tenth; of language, one whose thoughts have few words counts little."""
+    found = house.states(whole)
+    first = found["best"]["evaluation"]["measurements"][0]
+    first |= {"problems": 90, "thought_tokens": {"mean": 10.0, "median": 9.0}, "language": 1.0, "language_thoughts": 30}
+    second = json.loads(json.dumps(first)) | {"task": "stories", "problems": 10, "language": 0.5}
+    second |= {"thought_tokens": {"mean": 110.0, "median": 9.0}, "language_thoughts": 10}
+    found["best"]["evaluation"]["measurements"].append(second)
+    house.write_states(whole, found)
+    rows = {row[0]: row for row in table_of(_page(whole), "Stages")}
+    assert rows["best"][rows["stage"].index("tokens of thought")] == "20"
+    assert rows["best"][rows["stage"].index("language kept")] == "87.5 %"
+    assert result_of(read_state(whole)["best"]).endswith(", 20 tokens of thought")
+
+
 def test_what_more_thinking_is_worth(whole: Path) -> None:
     """Accuracy over budgets, of the stage that measured them, and over votes, of those of which most were drawn."""
     found = house.states(whole)
@@ -260,18 +299,21 @@ def test_what_more_thinking_is_worth(whole: Path) -> None:
     thought = table_of(page, "More thought: modular")
     assert thought == [["tokens of thought at most", "best"], ["0", "0 %"], ["5", "37.5 %"], ["9", "37.5 %"]]
     votes = table_of(page, "More samples: modular")
-    assert [row[0] for row in votes] == ["samples that vote", "1", "2", "4", "8"]
+    assert [row[0] for row in votes] == ["samples of best that vote", "1", "2", "4", "8"]
     assert votes[0][1:] == ["best"]
     assert "thoughts as long as they get" in page
 
 
-def test_stages_with_settings_of_their_own_are_not_said_to_be_alike(whole: Path) -> None:
-    """Where one was measured on other levels, the page does not say that problems are the same."""
-    assert "the same problems after every stage" in _page(whole)
+def test_tasks_without_a_bar_are_named(whole: Path) -> None:
+    """There are five colours: of seven tasks, two stand in tables alone, and the page says which."""
+    assert "no room for" not in _page(whole)
     found = house.states(whole)
-    found["best"]["evaluation"] = house.evaluation(3, MODULAR.replace(levels=1))
+    measurements = found["best"]["evaluation"]["measurements"]
+    measurements += [json.loads(json.dumps(measurements[0])) | {"task": f"task{number}"} for number in range(2, 8)]
     house.write_states(whole, found)
-    assert "the same problems after every stage" not in _page(whole)
+    page = _page(whole)
+    assert "no room for task6, task7." in page
+    assert "task7, pass@1" in table_of(page, "Stages")[0]
 
 
 def test_a_stage_measured_twice_is_of_its_own_descent(whole: Path) -> None:
@@ -317,14 +359,30 @@ def test_cost_adds_up(whole: Path) -> None:
     assert cost["ground"][2:] == ["2 k", quantity(2000 * flops_per_token(config, 64), "FLOP"), "25 %"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.04, "0.0 s"), (59.4, "59.4 s"), (59.6, "1 min 00 s"), (3599.6, "1 h 00 min"), (7199.0, "2 h 00 min")],
+)
+def test_durations_are_rounded_and_not_cut(seconds: float, said: str) -> None:
+    """To seconds, and from an hour on to minutes."""
+    assert duration(seconds) == said
+
+
 def test_energy_is_told_where_it_is_known(whole: Path) -> None:
-    """In joules, and their sum over the stages that have them."""
+    """In joules, and their sum; where some stages have none, it is said to be no more than a part."""
     found = house.states(whole)
+    assert "energy could not be read on this machine" in _page(whole)
     found["ground"]["joules"], found["best"]["joules"] = 1500.0, 500.0
     house.write_states(whole, found)
     cost = {row[0]: row for row in table_of(_page(whole), "Cost of the stages")}
     assert cost["stage"][2] == "energy"
-    assert (cost["ground"][2], cost["bricks"][2], cost["all"][2]) == ("1.5 kJ", "", "2 kJ")
+    assert (cost["ground"][2], cost["bricks"][2], cost["all"][2]) == ("1.5 kJ", "", "at least 2 kJ")
+    for stage in found.values():
+        stage["joules"] = 250.0
+    house.write_states(whole, found)
+    page = _page(whole)
+    assert table_of(page, "Cost of the stages")[-1][2] == "2.25 kJ"
+    assert "<dt>energy</dt><dd><bdi>2.25 kJ</bdi></dd>" in page
 
 
 def test_what_the_data_factory_kept(whole: Path) -> None:
@@ -374,6 +432,12 @@ def test_mistakes_are_said_in_a_line(tmp_path: Path) -> None:
         write_report(folder, folder / "x.svg")
     (folder / "pipeline.toml").unlink()
     with pytest.raises(UserError, match=r"without pipeline\.toml, from an older version; run it once more"):
+        write_report(folder)
+    folder = house.build(tmp_path / "odd")
+    found = house.states(folder)
+    found["best"]["evaluation"]["measurements"][0]["pass@k"]["1"] = {"value": 0.5}
+    house.write_states(folder, found)
+    with pytest.raises(UserError, match=r"pipeline\.json"):
         write_report(folder)
     folder = house.build(tmp_path / "broken")
     (folder / "bricks" / "synth.json").write_text("{")

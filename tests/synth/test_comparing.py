@@ -10,7 +10,7 @@ import pytest
 from fathom.errors import UserError
 from fathom.synth.decontamination import HeldOut, HeldOutSets, read_questions, refuse_contaminated
 from fathom.synth.duplicates import Duplicates
-from fathom.synth.words import units
+from fathom.tasks.words import units
 
 STORY = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
@@ -154,5 +154,13 @@ def test_held_out_files_are_read_in_their_forms(tmp_path: Path) -> None:
         file.write_text(f'{{"question": "a"}}\n{bad}\n', encoding="utf-8")
         with pytest.raises(UserError, match=rf"test.jsonl:2: {said}"):
             list(read_questions(file))
-    with pytest.raises(UserError, match="no such file"):
-        list(read_questions(tmp_path / "none.jsonl"))
+    file.write_bytes(b'\xef\xbb\xbf{"question": "a"}\r\n\r\n{"question": "b"}\r\n')
+    assert list(read_questions(file)) == ["a", "b"]
+    file.write_text("\n")
+    for name, said in (
+        ("test.jsonl", "holds no question"),
+        ("none.jsonl", "no such file"),
+        ("x.parquet", "JSON Lines"),
+    ):
+        with pytest.raises(UserError, match=said):
+            list(read_questions(tmp_path / name))

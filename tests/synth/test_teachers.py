@@ -7,7 +7,7 @@ import pytest
 
 from fathom.config.synth import SynthRecipe
 from fathom.data import Tokenizer, train_bpe
-from fathom.engine.protocol import Chunk, Request, Usage
+from fathom.engine.protocol import Chunk, Fault, Request, Usage
 from fathom.errors import UserError
 from fathom.synth.teachers import Asking, Attempt, Model
 from fathom.tasks.catalogue import open_task
@@ -18,17 +18,21 @@ ATTEMPTS = (Attempt("<think>3+8=2</think>2", "2"), Attempt("<think>3+8=5</think>
 
 
 class Recorder:
-    """An engine that says `7` to everything, and keeps what it was asked."""
+    """An engine that says `7`, or what it is told to, to everything, and keeps what it was asked."""
 
     context = 200
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._said = tokenizer.encode("7")
+    def __init__(self, tokenizer: Tokenizer, *says: Chunk) -> None:
+        self._says = says or (Chunk("answer", "7", tokenizer.encode("7"), None, Usage(), "stop"),)
         self.requests: list[Request] = []
 
     def submit(self, request: Request, deliver: Callable[[Chunk], None]) -> Any:
         self.requests.append(request)
-        deliver(Chunk("answer", "7", self._said, None, Usage(), "stop"))
+        deliver(self._says[min(len(self.requests), len(self._says)) - 1])
+
+    def statistics(self) -> Any: ...
+
+    def close(self, drain_seconds: float = 0.0) -> None: ...
 
 
 def asked(attempts: tuple[Attempt, ...], **prompt: Any) -> tuple[str, Any, Tokenizer]:
@@ -91,3 +95,44 @@ def test_prompts_without_room_are_no_candidates() -> None:
     assert not second.failure
     with pytest.raises(UserError, match=r"draw.max_tokens = 2048, but prompt and completion together have 200"):
         Model(recipe.replace(draw={}), Recorder(tokenizer), tokenizer, lambda: None)
+
+
+def fault(whose: Fault) -> Chunk:
+    return Chunk("answer", "", [], None, Usage(), "error", "no such luck", whose)
+
+
+EMPTY = Chunk("answer", "", [], None, Usage(), "stop")
+
+
+def solved(attempts: tuple[Attempt, ...], *says: Chunk) -> str:
+    """What is said of the failure of a lone candidate."""
+    recipe = SynthRecipe(
+        name="x", model="m", tasks=({"name": "modular"},), prompt={"style": "template"}, layout={},
+        draw={"max_tokens": 9, "retries": 1},
+    )  # fmt: skip
+    tokenizer = train_bpe(["0123456789"], 300)
+    model = Model(recipe, Recorder(tokenizer, *says), tokenizer, lambda: None)
+    (candidate,) = model.solve(open_task("modular"), [Asking(PROBLEM, 5, attempts)])
+    return candidate.failure
+
+
+def test_what_a_working_engine_fails_at_does_not_end_the_run() -> None:
+    """A lone candidate that is empty, or a repair that is refused, has failed: the run would stop there every time."""
+    assert "it has no tokens" in solved((), EMPTY)
+    assert "it has no tokens" in solved(ATTEMPTS, EMPTY)
+    assert "no such luck" in solved(ATTEMPTS, fault("request"))
+
+
+@pytest.mark.parametrize(
+    ("attempts", "says"),
+    [
+        ((), (fault("request"),)),
+        ((), (fault("engine"),)),
+        (ATTEMPTS, (fault("engine"),)),
+        (ATTEMPTS, (EMPTY, fault("engine"))),
+    ],
+)
+def test_an_engine_that_does_not_work_ends_the_run(attempts: tuple[Attempt, ...], says: tuple[Chunk, ...]) -> None:
+    """Nothing is put down as a teacher's failure that is the engine's, nor where no request is taken."""
+    with pytest.raises(UserError, match="no completion could be drawn: no such luck"):
+        solved(attempts, *says)

@@ -130,6 +130,37 @@ def test_questions_that_differ_in_case_or_space_are_never_divided(tmp_path: Path
     assert held_out
 
 
+def test_no_spelling_of_a_held_out_question_is_learnt(tmp_path: Path) -> None:
+    """Where one is held out by its hash, training passes over all; what is held out stays as it was."""
+    spellings = ("What is {}+1?", "What is {} + 1", "what is {} +1 ?")
+    rows = [{"question": form.format(n), "answer": n + 1} for n in range(100) for form in spellings]
+    task = open_task(_file(tmp_path, *rows))
+    by_hash = {q for row in rows if Problem(q := row["question"], key=" ".join(q.split()).lower()).held_out}
+    leaks = {row["answer"] - 1 for row in rows if row["question"] in by_hash}
+    assert len(leaks) > 10
+    assert {p.question for p in itertools.islice(task.problems("held-out"), 4000)} == by_hash
+    assert {int(p.answer) - 1 for p in itertools.islice(task.problems("train"), 4000)} == set(range(100)) - leaks
+    few = [rows[3 * n + place] for n in leaks for place in range(3) if rows[3 * n + place]["question"] not in by_hash]
+    both = [next(row for row in rows if row["answer"] == few[0]["answer"] and row["question"] in by_hash), few[0]]
+    with pytest.raises(UserError, match="level 1 has nothing for training that is not held out as well"):
+        next(open_task(_file(tmp_path, *both)).problems("train"))
+
+
+def test_a_split_of_somebody_s_own_is_kept_apart_too(tmp_path: Path) -> None:
+    """A training row that asks a held-out one with other signs between the words is passed over, and none is refused
+    for it: `f'(2)` may be meant to be no `f(2)`."""
+    rows = [("What is 2+3?", "test"), ("what is 2 + 3", "train"), ("What is f'(2)?", "train"), ("f(2)", "train")]
+    task = open_task(_file(tmp_path, *({"question": q, "answer": "5", "split": split} for q, split in rows)))
+    assert {p.question for p in itertools.islice(task.problems("train"), 50)} == {"What is f'(2)?", "f(2)"}
+    assert {p.question for p in itertools.islice(task.problems("held-out"), 50)} == {"What is 2+3?"}
+
+
+def test_other_keys_are_left_alone(tmp_path: Path) -> None:
+    """What public files have besides is nobody's mistake."""
+    row = {"question": "a", "answer": "1", "level": 1, "levels": 2, "id": 1, "source": "x", "label": 1, "type": "t"}
+    assert next(open_task(_file(tmp_path, row | {"subject": "s", "unique_id": "u"})).problems("train")).level == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -172,8 +203,11 @@ def test_questions_that_differ_in_case_or_space_are_never_divided(tmp_path: Path
                 {"question": "Same?\t", "answer": "1", "split": "test"},
                 {"question": " same? ", "answer": "1", "split": "train"},
             ],
-            "a question is both for training and held out: 'Same?",
+            "(rows 2 and 1); leave one out",
         ),
+        ([{"question": "a", "answer": "1", "splt": "test"}], "rows.jsonl:1: 'splt' is not read (did you mean 'split'?"),
+        ([{"question": "a", "answer": "1", "Level": 3}], "rows.jsonl:1: 'Level' is not read (did you mean 'level'?"),
+        ([{"question": "a", "answer": "1", "lang": "zh"}], "'lang' is not read (did you mean 'language'?"),
     ],
 )
 def test_bad_row_is_named_in_one_line(tmp_path: Path, rows: list[object], said: str) -> None:

@@ -1,7 +1,9 @@
 """Several tasks as one."""
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from fathom.tasks import open_task
 from fathom.tasks.checker import Checker, Sample
 from fathom.tasks.mixture import stays_in_sandbox, uses_sandbox
 from fathom.tasks.task import Task
+from fathom.tasks.words import units
 
 NAME = "modular?levels=8 + bilingual?levels=2&numbers=small"
 
@@ -26,6 +29,32 @@ def test_a_mixture_holds_out_what_its_parts_hold_out():
         for problem in some(mixture, split, 3):
             assert mixture.part_of(problem)[1].held_out == (split == "held-out")
             assert problem.held_out == (split == "held-out")
+
+
+def test_what_a_file_holds_out_no_other_part_trains_on(tmp_path: Path):
+    """A held-out question of one file is passed over where another file, or a rule, has it for training, in whichever
+    spelling; all other draws stay the ones they were, and a part that has nothing else says so."""
+    pytest.importorskip("math_verify")
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    shared = [problem.question for problem in some(open_task("modular?levels=1"), "train", 1, 5)]
+    rows = [(n, {"question": f"What is {n} + 1?", "answer": n + 1, "split": "train"}) for n in range(20)]
+    rows.append((20, {"question": "another", "answer": 0, "split": "test"}))
+    train.write_text("".join(json.dumps(row) + "\n" for _, row in rows))
+    held_out = [{"question": f"what is {n}+1", "answer": n + 1, "split": "test"} for n in range(5)]
+    held_out += [{"question": question, "answer": "0", "split": "test"} for question in shared]
+    held_out += [{"question": "other", "answer": "0", "split": "train"}]
+    test.write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    mixture = open_task(f"{train} + {test} + modular?levels=1")
+    leaks = {tuple(units(row["question"])) for row in held_out[:-1]}
+    assert {tuple(units(problem.question)) for problem in some(mixture, "held-out", 1)} > leaks
+    found = some(mixture, "train", 1, 600)
+    assert not {tuple(units(problem.question)) for problem in found} & leaks
+    own = [own for task, own in map(mixture.part_of, found) if task.name == "modular"]
+    plain = [p for p in some(open_task("modular?levels=1"), "train", 1, 600) if p.question not in shared]
+    assert own == plain[: len(own)]
+    train.write_text("".join(json.dumps(row) + "\n" for _, row in (rows[0], rows[-1])))
+    with pytest.raises(UserError, match="level 1 has nothing for training that is not held out as well"):
+        some(open_task(f"{train} + {test}"), "train", 1)
 
 
 def test_parts_come_equally_often_and_levels_are_spread():

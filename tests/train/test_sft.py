@@ -318,8 +318,8 @@ def test_rows_of_a_task_s_training_problems_are_held_out_too(recipe: SFTRecipe, 
 def test_long_answers_are_left_out_and_said(recipe: SFTRecipe, tmp_path: Path) -> None:
     """Answers beyond data.max_tokens are counted and not learnt; where none is left, the run says so and stops."""
     _, said = run(changed(recipe, data={"max_tokens": 12}), tmp_path)
-    assert "answers end after more than 12 tokens" in said
-    with pytest.raises(UserError, match="nothing to train on: all 20 answers"):
+    assert "of more than 12 tokens (data.max_tokens" in said
+    with pytest.raises(UserError, match="nothing to train on: all 20 have more than 3"):
         run(changed(recipe, data={"max_tokens": 3}), tmp_path / "none")
 
 
