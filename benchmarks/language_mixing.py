@@ -30,7 +30,7 @@ def run(base: str, weights: list[float], steps: int, seed: int) -> dict[str, dic
     prompt = PromptSection(style="template", template="{question}")
     learners = tuple(
         StageSection(
-            name=f"weight-{weight:g}",
+            name=_stage(weight),
             verb="rl",
             recipe="zero-arithmetic.toml",
             set={
@@ -60,6 +60,10 @@ def run(base: str, weights: list[float], steps: int, seed: int) -> dict[str, dic
     return values
 
 
+def _stage(weight: float) -> str:
+    return f"weight-{weight:g}".replace(".", "-")
+
+
 def main() -> None:
     """Run all, print a table, and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -76,7 +80,7 @@ def main() -> None:
         means[name] = {key: statistics.mean(value[key] for value in own) for key in own[0]}
         seeds = ", ".join(f"{value['pass@1']:.3f} {value['language']:.3f}" for value in own)
         print(f"{name:12}{means[name]['pass@1']:10.3f}{means[name]['language']:18.3f}   {seeds}")
-    foreign = [1 - means[f"weight-{weight:g}"]["language"] for weight in (min(options.weights), max(options.weights))]
+    foreign = [1 - means[_stage(weight)]["language"] for weight in (min(options.weights), max(options.weights))]
     ratio = round(foreign[0] / foreign[1], 3) if foreign[1] else None
     print(json.dumps({"benchmark": "language_mixing", "ratio": ratio, "means": means, "seeds": found}))
 

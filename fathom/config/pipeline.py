@@ -163,6 +163,10 @@ class Pipeline(Section):
         for stage in self.stages:
             if stage.name in earlier:
                 raise ValueError(f"two stages are called '{stage.name}'")
+            if alike := next((name for name in earlier if _flag(name) == _flag(stage.name)), None):
+                raise ValueError(f"stages '{alike}' and '{stage.name}' are one where case, '-' and '_' do not count")
+            if (own := _flag(stage.name)) in Pipeline.model_fields:
+                raise ValueError(f"a stage cannot be called '{stage.name}': --{own} is the pipeline's")
             if unknown := next(iter(sorted(stage.references - set(earlier))), None):
                 raise ValueError(
                     f"stage {stage.name}: '@{unknown}' is no earlier stage{nearest(unknown, earlier)}; there are: "
@@ -210,6 +214,11 @@ def dump_pipeline(pipeline: Pipeline, beside: Path) -> str:
         for stage in pipeline.stages
     ]
     return tomli_w.dumps(values)
+
+
+def _flag(name: str) -> str:
+    """By which flags and folders tell stages apart, on any machine."""
+    return name.lower().replace("-", "_")
 
 
 def read_pipeline(path: Path, words: list[str]) -> Pipeline:

@@ -13,7 +13,7 @@ from fathom.config.recipe import Recipe, read_recipe
 from fathom.config.synth import DecontaminationSection, SynthRecipe
 from fathom.errors import UserError
 from fathom.evaluate.evaluate import held_out
-from fathom.pipeline.state import STATE, StageState, read_state
+from fathom.pipeline.state import StageState, is_pipeline, read_state
 from fathom.synth.decontamination import HeldOut, refuse_contaminated
 from fathom.synth.plan import resolved
 from fathom.train.run import RunFolder, changed_fields
@@ -73,6 +73,14 @@ class Plan:
         """Stages that are not to be made again."""
         return tuple(name for name, state in self.before.items() if state.finished and name not in self.stale)
 
+    def built_on(self, name: str) -> list[str]:
+        """That stage, and those that learn from it, directly or not; in their order."""
+        found = [name]
+        for stage in self.pipeline.stages:
+            if not stage.references.isdisjoint(found) and stage.name not in found:
+                found.append(stage.name)
+        return found
+
     def refuse_contaminated(self, files: Sequence[str]) -> None:
         """Raises `UserError` that names the rows of `files`, which are to be learnt, that ask a held-out question."""
         held_out = HeldOut(self.questions, DecontaminationSection().overlap)
@@ -90,7 +98,7 @@ def plan_pipeline(pipeline: Pipeline, beside: Path, runs: Path, *, fresh: bool =
     if RunFolder(folder).recipe.exists():
         raise UserError(f"{folder}: is a single run, not a pipeline's; give the pipeline another --name")
     asked = _asked(settings)
-    if not (fresh and (folder / STATE).exists()):
+    if not (fresh and is_pipeline(folder)):
         _refuse_others(folder, recipes, read_state(folder))
     questions = tuple(dict.fromkeys(question for own in asked.values() for question in own))
     fingerprints, before = _fingerprints(pipeline, recipes), {} if fresh else read_state(folder)
@@ -119,9 +127,16 @@ def _can_go_on(run: Path, recipe: Recipe, before: StageState, now: Fingerprint) 
         return True
     try:
         as_run = resolved(recipe) if isinstance(recipe, SynthRecipe) else recipe
-        return not changed_fields(read_recipe(file, [], type(recipe)), as_run)
+        began = read_recipe(file, [], type(recipe))
     except UserError:
         return False
+    # More steps may follow those that were made, but it may have made more already than it now is to.
+    shorter = any(_length(as_run, field) < _length(began, field) for field in ("steps", "epochs"))
+    return not shorter and not changed_fields(began, as_run)
+
+
+def _length(recipe: Recipe, field: str) -> float:
+    return getattr(getattr(recipe, "train", None), field, 0.0)
 
 
 def _asked(settings: Mapping[str, EvaluationSettings]) -> dict[str, tuple[str, ...]]:

@@ -53,7 +53,8 @@ class PipelineProgress:
 
     def begin_again(self, stage: StageSection) -> None:
         """A finished stage is only measured."""
-        self._stage, self._done, self._first, self._start, self._width = stage, 0.0, None, 0.0, 1.0
+        self._stage, self._done, self._first, self._measuring = stage, 0.0, None, 1.0
+        self._start, self._width = 0.0, 1.0
 
     def begin_measuring(self) -> None:
         """The stage's work is done, and only its model is to be measured."""
@@ -62,9 +63,11 @@ class PipelineProgress:
     def moved(self, share: float) -> None:
         """So much of what is under way in the stage is done, of 1."""
         now = self._clock()
-        self._done = max(self._done, self._start + self._width * share)
+        done = self._start + self._width * share
         if self._first is None:  # compiling and warming up say nothing about the rest
-            self._first = now, self._done
+            self._done = done  # what was recorded may have gone further than what is gone on with
+            self._first = now, done
+        self._done = max(self._done, done)
         if now - self._recorded >= _SECONDS_BETWEEN_RECORDS and not self._is_finished(self._stage.name):
             self._recorded = now
             self._record()

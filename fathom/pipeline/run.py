@@ -34,7 +34,7 @@ from fathom.model.checkpoint import load
 from fathom.pipeline.foresight import require_what_is_elsewhere, require_what_is_here
 from fathom.pipeline.plan import Plan, plan_pipeline
 from fathom.pipeline.progress import PipelineProgress
-from fathom.pipeline.state import RECIPE, STATE, StageState, write_file, write_state
+from fathom.pipeline.state import RECIPE, StageState, is_pipeline, write_file, write_state
 from fathom.pipeline.table import print_stages, result_of
 from fathom.scratch import neighbour, sweep
 from fathom.synth.factory import synthesize
@@ -92,12 +92,12 @@ def run_pipeline(
         write_file(plan.folder / RECIPE, dump_pipeline(pipeline, beside))
         write_file(plan.folder / _HELD_OUT, "\n".join(rows) + "\n")
         session = _Session(plan, console or Console(stderr=True))
-        return session.run(to_go_on="run it again without --fresh" if fresh else "run the same command again")
+        return session.run(to_go_on="run it again without --fresh" if fresh else "run it again")
 
 
 def remove_pipeline(folder: Path) -> None:
     """Delete a pipeline with all its stages, where one is in `folder`. Raises `UserError` where it is under way."""
-    if (folder / STATE).exists():
+    if is_pipeline(folder):
         with locked(folder):
             # One rename: a kill while it is being deleted leaves no half of it to be gone on with.
             folder.rename(neighbour(folder, "removed"))
@@ -111,6 +111,7 @@ class _Session:
         self._plan, self._console = plan, console
         kept = [name for name in plan.recipes if name in plan.before and name not in plan.stale]
         self._states = {name: plan.before[name] for name in kept}
+        self._gone: set[str] = set()
         again = {name: plan.settings[name] for name in plan.outdated}
         self._progress = PipelineProgress(
             plan.pipeline.stages, self._states, record=self._record_in_passing, again=again
@@ -131,7 +132,7 @@ class _Session:
                 ended = self._measure_again(stage) if finished else self._finish(stage)
                 if ended:
                     continue
-                self._say(f"stopped in stage {stage.name}; {to_go_on} to go on")
+                self._say(f"stopped in stage {stage.name}; to go on, {to_go_on}")
                 return PipelineResult(self._plan.folder, self._in_order(), interrupted=True)
         print_stages(self._in_order(), self._console)
         return PipelineResult(self._plan.folder, self._in_order())
@@ -182,27 +183,40 @@ class _Session:
             evaluation=evaluation,
             asked=self._plan.asked[stage.name],
         )
-        write_state(self._plan.folder, self._in_order())
+        self._write()
         self._say(f"{stage.name}: {result_of(self._states[stage.name])}")
         return True
 
     def _told(self, stage: StageSection, error: UserError | OSError) -> UserError:
         """What is to be put right, and what to do then."""
         said = error if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror or error}"
-        return UserError(f"stage {stage.name}: {said}; what is finished is kept: once mended, {self._to_go_on}")
+        outside = isinstance(error, OSError) or isinstance(error.__context__, OSError)
+        again = "once mended, " if outside else "put that right, in the recipe or behind the command; then "
+        return UserError(f"stage {stage.name}: {said}; what is finished is kept: {again}{self._to_go_on}")
 
     def _begin(self, stage: StageSection) -> None:
         """Take up a stage where earlier sessions left it."""
         plan, name = self._plan, stage.name
         if name in plan.stale:
-            _remove(plan.folder / name)
+            self._clear(name)
         self._name, self._began, self._energy = name, time.perf_counter(), EnergyMeter()
         now = plan.fingerprints[name]
         earlier = self._states.get(name) or StageState(stage.verb, "", joules=0.0)
         self._states[name] = self._earlier = replace(earlier, fingerprint=now.whole, below=now.below)
-        write_state(plan.folder, self._in_order())
+        self._write()
         self._progress.begin(stage, plan.settings.get(name))
         self._say(self._progress.words())
+
+    def _clear(self, name: str) -> None:
+        """Delete a stage that is to be made again, and what was built on it: it could not be told from what will be."""
+        gone = [one for one in self._plan.built_on(name) if one in self._plan.before]
+        # First they are not believed any more: a kill while they are being deleted leaves nothing that looks whole.
+        self._states |= {one: StageState(self._plan.before[one].verb, "") for one in gone}
+        self._write()
+        for one in gone:
+            _remove(self._plan.folder / one)
+            del self._states[one]
+        self._gone.update(gone)
 
     def _make(self, stage: StageSection) -> bool:
         """Run a stage to its end; False where a person stopped it."""
@@ -240,7 +254,8 @@ class _Session:
         for line in notes(found):
             self._say(f"{stage.name}: {line}")
         text = json.dumps(found.as_json(), indent=2, ensure_ascii=False)
-        write_file(folder / stage.name / RESULT, text + "\n")
+        if not found.stopped:  # else a whole one may be there already
+            write_file(folder / stage.name / RESULT, text + "\n")
         return json.loads(text)
 
     def _record(self, **changes: Any) -> None:
@@ -253,7 +268,13 @@ class _Session:
             done=self._progress.done,
             **changes,
         )
-        write_state(self._plan.folder, self._in_order())
+        self._write()
+
+    def _write(self) -> None:
+        """Stages that were taken out of the recipe are kept, for they may come back. Raises `UserError`."""
+        known = self._in_order()
+        left_out = {n: own for n, own in self._plan.before.items() if n not in known and n not in self._gone}
+        write_state(self._plan.folder, known | left_out)
 
     def _record_in_passing(self) -> None:
         # Where the disk refuses, the stage is about to say so itself, once it has saved what it can.
@@ -262,7 +283,8 @@ class _Session:
 
     def _in_order(self) -> dict[str, StageState]:
         """Where every stage stands; one that is to be made again, and whose turn has not come, as it was."""
-        known = self._plan.before | self._states
+        before = {name: own for name, own in self._plan.before.items() if name not in self._gone}
+        known = before | self._states
         return {name: known[name] for name in self._plan.recipes if name in known}
 
     def _say(self, line: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fathom.evaluate.evaluate as evaluations
 import fathom.pipeline.run as pipelines
 import fathom.train.sft as sft
 from fathom.errors import UserError
@@ -56,23 +57,28 @@ def test_a_stopped_measurement_leaves_the_one_before(
     """Ctrl-C, or an error, while a finished stage is measured again costs nothing that was known, and the next session
     measures it."""
     run(file, tmp_path)
-    before = (tmp_path / "house" / "pipeline.json").read_bytes()
+    kept = [tmp_path / "house" / name for name in ("pipeline.json", "student/evaluation.json", "zero/evaluation.json")]
+    before = [path.read_bytes() for path in kept]
+    grade, graded = evaluations.grade, []
 
-    def interrupted(*_: Any, **__: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        graded.append(grade(*arguments, **options))
+        if len(graded) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return graded[-1]
 
     def broken(*_: Any, **__: Any) -> None:
         raise UserError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines, "evaluate", interrupted)
+        patch.setattr(evaluations, "grade", interrupted)
         result, said = run(file, tmp_path, *MORE)
         assert result.interrupted
-        assert "stopped in stage student; run the same command again to go on" in said
+        assert "stopped in stage student; to go on, run it again" in said
         patch.setattr(pipelines, "evaluate", broken)
-        with pytest.raises(UserError, match="stage student: no memory; what is finished is kept: once mended, run"):
+        with pytest.raises(UserError, match="stage student: no memory; what is finished is kept: put that"):
             run(file, tmp_path, *MORE)
-    assert (tmp_path / "house" / "pipeline.json").read_bytes() == before
+    assert [path.read_bytes() for path in kept] == before
     run(file, tmp_path, *MORE)
     assert problems(tmp_path / "house") == {"student": 6, "zero": 6}
 
@@ -101,7 +107,7 @@ def test_fresh_begins_anew(file: Path, tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(sft, "update", stopping)
         result, said = run(file, tmp_path, fresh=True)
     assert "finished before" not in said
-    assert "stopped in stage student; run it again without --fresh to go on" in said
+    assert "stopped in stage student; to go on, run it again without --fresh" in said
     assert not (result.folder / "zero").exists()
     assert run(file, tmp_path)[1].count("finished before") == 1
 

@@ -5,11 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
+import fathom.pipeline.run as pipelines
 import fathom.pipeline.state as states
 import fathom.synth.factory as factory
 import fathom.train.metrics as metrics
@@ -54,6 +57,7 @@ def test_a_full_disk_costs_nothing(file: Path, tmp_path: Path, unbroken: dict[st
         told = run_on_full_disk(owner, name, path, file, tmp_path)
         assert re.search(said, told)
         assert "No space left on device" in told
+        assert "stage" not in told or told.endswith("once mended, run it again")
         assert "\n" not in told
     result, said = run(file, tmp_path)
     assert said.count("finished before") == 2
@@ -103,7 +107,7 @@ def test_a_teacher_that_never_solves_ends_the_pipeline(file: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"stage traces: .*of which wrong 48; take easier levels, a stronger") as error:
         run(file, tmp_path, *words, "--traces.model", str(file.parent / "model"))
     assert "\n" not in str(error.value)
-    assert "once mended, run the same command again" in str(error.value)
+    assert "put that right, in the recipe or behind the command; then run it again" in str(error.value)
 
 
 def test_held_out_problems_are_not_learnt(file: Path, tmp_path: Path) -> None:
@@ -137,13 +141,55 @@ def test_rows_of_a_stage_are_looked_over_too(file: Path, tmp_path: Path) -> None
 
 
 def test_a_half_redone_pipeline_goes_on(file: Path, tmp_path: Path) -> None:
-    """Stages that were still to be made again when a session ended are known in the next, and made again then."""
+    """What was built on a stage that is made again goes with it, and whoever goes on makes all of it."""
     run(file, tmp_path)
     words = ["--student.optimizer.lr", "1e-3"]
     run_on_full_disk(metrics.MetricsLog, "write", "", file, tmp_path, *words, redo=True)
-    assert list(read_state(tmp_path / "house")) == ["traces", "student", "zero"]
-    result, _ = run(file, tmp_path, *words, redo=True)
-    assert all(stage.finished for stage in result.stages.values())
+    assert list(read_state(tmp_path / "house")) == ["traces", "student"]
+    assert not (tmp_path / "house" / "zero").exists()
+    result, _ = run(file, tmp_path, *words)
+    assert weights(result.folder) == weights(run(file, tmp_path / "fresh", *words)[0].folder)
+
+
+def test_a_stage_begun_to_be_longer_is_not_the_one_that_was(file: Path, tmp_path: Path) -> None:
+    """A stage that is stopped while it is made again, longer, does not pass for what it was, nor do those built on what
+    is no more there."""
+    values = tomllib.loads(file.read_text())
+    traces, student, zero = values["stages"]
+    zero["set"]["model"], student["set"]["model"] = student["set"]["model"], "@zero"
+    other = file.with_name("other.toml")
+    other.write_text(tomli_w.dumps(values | {"stages": [traces, zero, student]}))
+    result, _ = run(other, tmp_path)
+    before = weights(result.folder)
+    words = ["--zero.train.steps", "4", "--zero.checkpoint.every", "1"]
+    run_on_full_disk(states, "replace_text", "zero/evaluation.json", other, tmp_path, *words, redo=True)
+    assert list(read_state(result.folder)) == ["traces", "zero"]
+    with pytest.raises(UserError, match="stage zero was begun by another recipe"):
+        run(other, tmp_path)
+    run(other, tmp_path, redo=True)
+    assert weights(result.folder) == before
+
+
+def test_a_kill_while_stages_are_deleted_leaves_nothing_that_looks_whole(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the deleting has come, none of them is believed to be finished."""
+    run(file, tmp_path)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(file, tmp_path, "--student.optimizer.lr", "1e-3", redo=True)
+    assert {name: stage.finished for name, stage in read_state(tmp_path / "house").items()} == {
+        "traces": True,
+        "student": False,
+        "zero": False,
+    }
+    with pytest.raises(UserError, match="stage student was begun by another recipe"):
+        run(file, tmp_path)
 
 
 def test_a_begun_stage_is_not_gone_on_with_on_other_rows(file: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import fathom.train.sft as sft
 from fathom.config.pipeline import Pipeline, read_pipeline
 from fathom.errors import UserError
 from fathom.pipeline.dry_run import dry_run
-from fathom.pipeline.state import StageState, read_state
+from fathom.pipeline.state import StageState, read_state, served
 from fathom.train.run import locked
 from tests.pipeline.house import run, weights
 
@@ -73,7 +73,7 @@ def test_a_stopped_pipeline_goes_on_as_if_it_had_not_been(
         patch.setattr(sft, "update", stopping)
         stopped, said = run(file, tmp_path)
     assert stopped.interrupted
-    assert "stopped in stage student; run the same command again" in said
+    assert "stopped in stage student; to go on, run it again" in said
     assert "--resume" not in said
     assert not (tmp_path / "house" / "zero").exists()
     assert 0 < read_state(tmp_path / "house")["student"].done < 1
@@ -95,7 +95,8 @@ def test_a_stage_that_fails_keeps_what_was_finished(file: Path, tmp_path: Path, 
         with pytest.raises(UserError) as error:
             run(file, tmp_path)
     assert str(error.value) == (
-        "stage student: the disk is full; what is finished is kept: once mended, run the same command again"
+        "stage student: the disk is full; what is finished is kept: put that right, in the recipe or behind the "
+        "command; then run it again"
     )
     result, said = run(file, tmp_path)
     assert said.count("finished before") == 1
@@ -270,11 +271,35 @@ def test_nothing_of_others_is_touched(file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "house" / "student" / "notes.txt").read_text() == "mine"
 
 
-def test_two_stages_of_one_name_are_refused(file: Path) -> None:
-    """A name stands for one folder."""
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("traces", "two stages are called 'traces'"),
+        ("Traces", "stages 'traces' and 'Traces' are one where case"),
+        ("evaluation", "cannot be called 'evaluation': --evaluation is the pipeline's"),
+        ("price-per-hour", "--price_per_hour is the pipeline's"),
+    ],
+)
+def test_a_name_stands_for_one_stage(name: str, said: str, file: Path) -> None:
+    """On any machine, and among the flags."""
     values = read_pipeline(file, []).model_dump(exclude_unset=True)
-    with pytest.raises(UserError, match="two stages are called 'traces'"):
-        Pipeline.parse(values | {"stages": [*values["stages"], values["stages"][0]]}, where="here")
+    with pytest.raises(UserError, match=said):
+        Pipeline.parse(values | {"stages": [*values["stages"], values["stages"][0] | {"name": name}]}, where="here")
+
+
+def test_a_stage_that_was_taken_out_may_come_back(file: Path, tmp_path: Path) -> None:
+    """It stays known and finished; meanwhile the folder stands for the last of those that are left."""
+    result, _ = run(file, tmp_path)
+    before = weights(result.folder)
+    short = file.with_name("short.toml")
+    values = tomllib.loads(file.read_text())
+    short.write_text(tomli_w.dumps(values | {"stages": values["stages"][:2]}))
+    result, _ = run(short, tmp_path, "--evaluation.problems", "3")
+    assert list(result.stages) == ["traces", "student"]
+    assert served(result.folder).model == str(result.folder / "student")
+    _, said = run(file, tmp_path)
+    assert said.count("finished before") == 3
+    assert weights(result.folder) == before
 
 
 def test_a_dry_run_tells_and_writes_nothing(file: Path, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_time_left_of_a_broken_stage_is_of_what_is_left_of_it() -> None:
     progress = PipelineProgress(STAGES, states, record=lambda: None)
     progress.begin(STAGES[1], None)
     assert progress.seconds_left() == pytest.approx(4.0 * (15 + 6 + 24 + 6 + 48))
+    progress.moved(0.25)  # a kill has cost what came after the last checkpoint
+    assert progress.seconds_left() == pytest.approx(4.0 * (45 + 6 + 24 + 6 + 48))
 
 
 def test_measuring_again_takes_its_time() -> None:
@@ -110,6 +112,7 @@ def test_measuring_again_takes_its_time() -> None:
     progress.moved(0.5)
     assert progress.seconds_left() == pytest.approx(35)
     progress.begin_again(STAGES[5])
+    progress.begin_measuring()
     progress.moved(1.0)
     assert progress.seconds_left() == pytest.approx(0)
 
