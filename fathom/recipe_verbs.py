@@ -71,7 +71,7 @@ def add_recipe_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         run.add_argument("--dry-run", action="store_true", help="print the recipe and what it will take, and stop")
     run = verb("recipe", run_stages, "make all stages of a pipeline, and measure after each", overrides="recipe")
     run.add_argument("name", help="one of the pipelines in recipes/, such as r1, or a TOML file")
-    run.add_argument("file", type=Path, nargs="?", help="a TOML file in its place")
+    run.add_argument("file", type=Path, nargs="?", help="a TOML file in its place, whose run then has that name")
     run.add_argument("--redo", action="store_true", help="make stages again whose recipe has changed")
     run.add_argument("--dry-run", action="store_true", help="print what each stage does and where it stands, and stop")
     run = verb("distill", run_distillation, "teach a small model what a large one can do", overrides="distill")
@@ -110,7 +110,7 @@ def run_stages(options: argparse.Namespace) -> int:
 
     named = Path(options.name) if options.name.endswith(".toml") else None
     file = options.file or named or shipped_recipe(options.name)
-    pipeline = read_pipeline(file, options.overrides)
+    pipeline = read_pipeline(file, [*(["--name", options.name] if options.file else []), *options.overrides])
     if options.dry_run:
         from fathom.pipeline.dry_run import dry_run
 

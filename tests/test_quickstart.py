@@ -101,11 +101,13 @@ def test_fresh_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_pipeline_is_named_or_is_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """`fathom recipe` takes the name of one that is shipped, or a file, alone or behind a name; of other recipes it
-    speaks as of none."""
+    """`fathom recipe` takes the name of one that is shipped, or a file, alone or behind a name for its run; of other
+    recipes it speaks as of none."""
     file = shipped_recipe("r1")
-    for words in (["r1"], [str(file)], ["mine", str(file)]):
+    for words, name in ((["r1"], "r1"), ([str(file)], "r1"), (["mine", str(file)], "mine")):
         assert main(["recipe", *words, "--dry-run"]) == 0
-        assert "13 stages of 13" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"pipeline '{name}' in runs/{name}" in said
+        assert "13 stages of 13" in said
     assert main(["recipe", "zero-base"]) == 2
     assert capsys.readouterr().err.endswith("no pipeline 'zero-base'; there are: r1, r1-smollm2\n")

@@ -60,7 +60,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
         if free is None:
             continue
         problems = f"{plural(free.problems, 'held-out problem')} × {plural(free.samples, 'sample')}"
-        console.print(f"\n{task}: {problems}", markup=False, highlight=False, soft_wrap=True)
+        drawn = f"temperature {evaluation.settings.temperature:g}, top-p {evaluation.settings.top_p:g}"
+        console.print(f"\n{task}: {problems}, {drawn}", markup=False, highlight=False, soft_wrap=True)
         print_rows("", list(_rows(free)), console)
         _print(console, _samples(free))
         if len(free.levels) > 1:
@@ -92,7 +93,8 @@ def notes(evaluation: Evaluation) -> list[str]:
             form = evaluation.settings.layout.form
             said.append(
                 f"{where}: {_percent(found.unread)} of the samples have no answer where layout {form} looks for it, "
-                f"most often: {found.unread_for}; prompt and layout say where it should stand"
+                f"most often: {found.unread_for}; prompt and layout say where it should stand (--style, --instruction, "
+                "--layout)"
             )
         if found.faults:
             said.append(f"{where}: {plural(found.faults, 'check')} failed and count as wrong; the first: {found.fault}")

@@ -226,8 +226,9 @@ class _Session:
         how = {"console": self._console, "runs": folder, "resume": RunFolder(folder / stage.name).recipe.exists()}
         if isinstance(recipe, SynthRecipe):
             kept_out = (*recipe.decontamination.files, str(folder / _HELD_OUT))
-            section = recipe.decontamination.replace(files=kept_out).model_dump()
-            return not synthesize(recipe.replace(decontamination=section), **how).interrupted
+            section = recipe.decontamination.replace(files=kept_out)
+            # A copy, and not `replace`: what the recipe leaves to its model stays unsaid.
+            return not synthesize(recipe.model_copy(update={"decontamination": section}), **how).interrupted
         if isinstance(recipe, SFTRecipe):
             self._plan.refuse_contaminated(recipe.data.files)
         return not _TRAINERS[stage.verb](recipe, **how).interrupted

@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -10,6 +11,7 @@ from fathom.config import explain_recipe
 from fathom.config.evaluation import R1_INSTRUCTION
 from fathom.config.rewards import Layout
 from fathom.config.rl import PromptSection, RLRecipe
+from fathom.config.section import Section
 from fathom.config.synth import SynthRecipe
 from fathom.errors import UserError
 from fathom.pipeline.state import served
@@ -23,6 +25,8 @@ from fathom.tasks.task import Problem, Task, require_levels
 from fathom.train.rollout import draw_problems, seed_of
 from fathom.train.run import RunFolder
 
+AnySection = TypeVar("AnySection", bound=Section)
+
 Problems = Sequence[tuple[str, Problem]]
 """All problems of a run, each with the name of its task; those of one task stand together."""
 
@@ -34,7 +38,19 @@ def resolved(recipe: SynthRecipe) -> SynthRecipe:
     trained = _trained_with(recipe.model)
     prompt = trained.prompt if trained else PromptSection(style="chat", instruction=R1_INSTRUCTION)
     layout = trained.rewards.layout if trained else Layout(form="boxed", thoughts="optional")
-    return recipe.replace(prompt=(recipe.prompt or prompt).model_dump(), layout=(recipe.layout or layout).model_dump())
+    return recipe.replace(
+        prompt=_said(recipe.prompt, prompt, "style").model_dump(),
+        layout=_said(recipe.layout, layout, "form").model_dump(),
+    )
+
+
+def _said(own: AnySection | None, else_: AnySection, kind: str) -> AnySection:
+    """What the recipe says; the rest as the model learnt it, unless another `kind` of it is asked for."""
+    if own is None:
+        return else_
+    if kind in own.model_fields_set:
+        return own
+    return else_.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 def _trained_with(model: str) -> RLRecipe | None:

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from fathom.config import dump_recipe, read_recipe
-from fathom.config.rl import RLRecipe
+from fathom.config.rewards import Layout
+from fathom.config.rl import PromptSection, RLRecipe
 from fathom.config.synth import SynthRecipe
 from fathom.data.conversations import read_conversations
 from fathom.errors import UserError
@@ -158,7 +159,8 @@ def test_mistakes_are_refused_in_one_line(
 
 
 def test_prompt_of_a_run_is_its_recipes(drawn_recipe: SynthRecipe, start: Path, tmp_path: Path) -> None:
-    """A teacher that `fathom rl` trained is asked and read as it was trained, unless the recipe says how."""
+    """A teacher that `fathom rl` trained is asked and read as it was trained, unless the recipe says how; of
+    a prompt or layout that it changes in part, the rest stays, but for one of another kind."""
     trained = RLRecipe(
         name="zero",
         model="base",
@@ -172,6 +174,13 @@ def test_prompt_of_a_run_is_its_recipes(drawn_recipe: SynthRecipe, start: Path, 
         found = resolved(plain.replace(model=str(model)))
         assert (found.prompt, found.layout) == (trained.prompt, trained.rewards.layout)
     assert resolved(drawn_recipe.replace(model=str(tmp_path))).prompt == drawn_recipe.prompt
+    values = plain.model_dump(exclude_none=True) | {"model": str(tmp_path), "prompt": {"opens_thought": True}}
+    partly = resolved(SynthRecipe.parse(values | {"layout": {"thoughts": "optional"}}, where="here"))
+    assert partly.prompt == trained.prompt.replace(opens_thought=True)
+    assert partly.layout == trained.rewards.layout.replace(thoughts="optional")
+    values |= {"prompt": {"style": "zero"}, "layout": {"form": "rest"}}
+    other = resolved(SynthRecipe.parse(values, where="here"))
+    assert (other.prompt, other.layout) == (PromptSection(style="zero"), Layout(form="rest"))
     other = resolved(plain)
     assert other.prompt is not None
     assert other.prompt.style == "chat"
