@@ -91,8 +91,8 @@ def run_pipeline(
     with sigterm_interrupts(), locked(plan.folder):
         write_file(plan.folder / RECIPE, dump_pipeline(pipeline, beside))
         write_file(plan.folder / _HELD_OUT, "\n".join(rows) + "\n")
-        session = _Session(plan, console or Console(stderr=True))
-        return session.run(to_go_on="run it again without --fresh" if fresh else "run it again")
+        to_go_on = "run it again without --fresh" if fresh else "run it again"
+        return _Session(plan, console or Console(stderr=True), to_go_on).run()
 
 
 def remove_pipeline(folder: Path) -> None:
@@ -107,8 +107,9 @@ def remove_pipeline(folder: Path) -> None:
 class _Session:
     """The stages from where they stand to where they end."""
 
-    def __init__(self, plan: Plan, console: Console) -> None:
-        self._plan, self._console = plan, console
+    def __init__(self, plan: Plan, console: Console, to_go_on: str) -> None:
+        """`to_go_on`: what to do once it has stopped."""
+        self._plan, self._console, self._to_go_on = plan, console, to_go_on
         kept = [name for name in plan.recipes if name in plan.before and name not in plan.stale]
         self._states = {name: plan.before[name] for name in kept}
         self._gone: set[str] = set()
@@ -117,23 +118,18 @@ class _Session:
             plan.pipeline.stages, self._states, record=self._record_in_passing, again=again
         )
 
-    def run(self, *, to_go_on: str) -> PipelineResult:
-        """Stage by stage, until all are finished or a person stops them; what to do then is `to_go_on`. Raises
-        `UserError`."""
-        stages = self._plan.pipeline.stages
-        self._to_go_on = to_go_on
+    def run(self) -> PipelineResult:
+        """Stage by stage, until all are finished or a person stops them. Raises `UserError`."""
+        stages, plan = self._plan.pipeline.stages, self._plan
         for number, stage in enumerate(stages, 1):
-            finished = stage.name in self._plan.finished
-            outdated = stage.name in self._plan.outdated
-            if finished:
-                how = "finished before, and measured again, for it is measured otherwise now" if outdated else ""
-                self._say(f"stage {number} of {len(stages)}, {stage.name}: {how or 'finished before'}")
-            if not finished or outdated:
-                ended = self._measure_again(stage) if finished else self._finish(stage)
-                if ended:
+            if finished := stage.name in plan.finished:
+                again = ", and measured again, for it is measured otherwise now" if stage.name in plan.outdated else ""
+                self._say(f"stage {number} of {len(stages)}, {stage.name}: finished before{again}")
+                if not again:
                     continue
-                self._say(f"stopped in stage {stage.name}; to go on, {to_go_on}")
-                return PipelineResult(self._plan.folder, self._in_order(), interrupted=True)
+            if not (self._measure_again(stage) if finished else self._finish(stage)):
+                self._say(f"stopped in stage {stage.name}; to go on, {self._to_go_on}")
+                return PipelineResult(plan.folder, self._in_order(), interrupted=True)
         print_stages(self._in_order(), self._console)
         return PipelineResult(self._plan.folder, self._in_order())
 

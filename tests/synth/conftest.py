@@ -5,25 +5,16 @@ from pathlib import Path
 import pytest
 
 from fathom.config.synth import SynthRecipe
-from fathom.data import Tokenizer, train_bpe
-from fathom.model.checkpoint import save_model
-from fathom.model.transformer import Transformer
 from fathom.synth.factory import SynthResult
 from tests.synth.runs import RULES, run
-from tests.train.tiny import MODEL
+from tests.train.tiny import save_talker
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny V3 with random weights, its byte tokenizer, and a file of tasks."""
     folder = tmp_path_factory.mktemp("synth")
-    plain = train_bpe(["0123456789"], 266)
-    # Weights are random: a model that ends its text with one token in four ends it soon.
-    ends = (1, *range(10, 266, 4))
-    tokenizer = Tokenizer(plain.backend, bos_token_id=0, eos_token_ids=ends, pad_token_id=2, chat_template=None)
-    model = Transformer(MODEL.replace(vocab_size=tokenizer.vocab_size))
-    model.init_weights(1)
-    save_model(model, folder / "model", tokenizer=tokenizer)
+    save_talker(folder / "model")
     (folder / "rules.py").write_text(RULES)
     return folder
 

@@ -16,17 +16,15 @@ from rich.console import Console
 
 import fathom.train.rl as module
 from fathom.config.rl import RLRecipe
-from fathom.data import Tokenizer, train_bpe
 from fathom.errors import UserError
 from fathom.model.checkpoint import save_model
-from fathom.model.transformer import Transformer
 from fathom.tasks.catalogue import open_task
 from fathom.train import learner, rl_evaluate
 from fathom.train.metrics import read_metrics
 from fathom.train.rl import train_rl
 from fathom.train.run import RunResult
 from fathom.train.state import read_checkpoint
-from tests.train.tiny import MODEL
+from tests.train.tiny import save_talker
 
 TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
 
@@ -71,13 +69,7 @@ class Few(Odd):
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny V3 with random weights, its byte tokenizer, and a file of tasks."""
     folder = tmp_path_factory.mktemp("rl")
-    plain = train_bpe(["0123456789"], 266)
-    # Weights are random: a model that ends its text with one token in four ends it soon.
-    ends = (1, *range(10, 266, 4))
-    tokenizer = Tokenizer(plain.backend, bos_token_id=0, eos_token_ids=ends, pad_token_id=2, chat_template=None)
-    model = Transformer(MODEL.replace(vocab_size=tokenizer.vocab_size))
-    model.init_weights(1)
-    save_model(model, folder / "model", tokenizer=tokenizer)
+    save_talker(folder / "model")
     (folder / "rules.py").write_text(RULES)
     return folder
 
