@@ -27,6 +27,7 @@ from tests.model.configs import LLAMA, V3, build
 from tests.train import test_learner, test_rl, test_rl_told
 from tests.train.test_rl import changed, lines, run, stop_after, weights
 from tests.train.test_update import group, learner, logprobs
+from tests.train.tiny import MODEL
 
 recipe, start = test_rl.recipe, test_rl.start  # fixtures, of this file too
 
@@ -260,7 +261,7 @@ def test_a_resumed_run_is_the_unbroken_one(taught: RLRecipe, tmp_path: Path, mon
 def test_a_teacher_of_another_vocabulary_is_refused(taught: RLRecipe, tmp_path: Path) -> None:
     """Before a step is made, with what to do; in a dry run as well."""
     other = train_bpe(["0123456789 sums"] * 3, 267)
-    model = Transformer(test_rl.MODEL.replace(vocab_size=other.vocab_size))
+    model = Transformer(MODEL.replace(vocab_size=other.vocab_size))
     model.init_weights(1)
     save_model(model, tmp_path / "other", tokenizer=other)
     told = taught.replace(teacher=str(tmp_path / "other"))
