@@ -21,6 +21,7 @@ from fathom.errors import UserError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Precision = Literal["auto", "bf16", "fp32", "fp8"]
 
 
 class DataSection(Section):
@@ -133,8 +134,12 @@ class TrainSection(Section):
     """Tokens per optimizer step; whole micro-batches of sequences."""
     micro_batch: Positive = 8
     """Sequences per forward pass; the rest of the batch is accumulated."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """What linear layers multiply in; `auto` is bf16 where the hardware has it."""
+    precision: Precision = "auto"
+    """What linear layers multiply in: `auto` is bf16 where the hardware has it, `fp8` V3's recipe (§3.3)."""
+    fp8_gradients: Literal["tiles", "blocks"] = "tiles"
+    """With fp8, how gradients of activations are grouped: 1×128, or 128×128, which the paper saw diverge (App. B.2)."""
+    recompute: bool = False
+    """Make norms, queries, keys and values again in the backward pass instead of keeping them (V3 §3.2.3)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` is on where a compiler is present."""
     threads: int = Field(default=0, ge=0, le=1024)
@@ -143,6 +148,13 @@ class TrainSection(Section):
     """Keep an exponential moving average of the weights with this decay; None keeps none."""
     max_bad_steps: Positive = 5
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+
+    @model_validator(mode="after")
+    def _compiled_or_by_hand(self) -> Self:
+        if self.compile == "on" and (self.precision == "fp8" or self.recompute):
+            what = "precision = fp8" if self.precision == "fp8" else "recompute"
+            raise ValueError(f"{what} decides itself what is kept and runs layer by layer; leave compile at auto")
+        return self
 
 
 class CheckpointSection(Section):
@@ -203,8 +215,8 @@ class PretrainRecipe(Recipe):
     # The data themselves are compared by fingerprint; the number of threads and compilation may change the last bit of
     # a sum, not what is being computed.
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]] = (
-        "name", "train.threads", "train.compile", "train.max_bad_steps", "checkpoint", "eval", "data.path",
-        "data.sources", "data.vocab_size",
+        "name", "train.threads", "train.compile", "train.recompute", "train.max_bad_steps", "checkpoint", "eval",
+        "data.path", "data.sources", "data.vocab_size",
     )  # fmt: skip
     FIXED: ClassVar[tuple[str, ...]] = (
         "model", "seed", "data.sequence_length", "data.fim_rate", "optimizer.name", "optimizer.state_dtype",

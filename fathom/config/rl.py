@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fathom.config.policy import PRESETS, PolicyLoss
-from fathom.config.recipe import OptimizerSection, Positive, Recipe
+from fathom.config.recipe import OptimizerSection, Positive, Precision, Recipe
 from fathom.config.rewards import Rewards
 from fathom.config.section import Section
 from fathom.errors import nearest
@@ -109,8 +109,8 @@ class RLTrainSection(Section):
     """Linear from 0 to the learning rate, which then stays."""
     reference_every: Positive = 400
     """Steps after which the reference policy of `loss.kl` is replaced by the current one (R1: 400)."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """What linear layers multiply in; `auto` is bf16 where the hardware has it."""
+    precision: Precision = "auto"
+    """What linear layers multiply in: `auto` is bf16 where the hardware has it, `fp8` V3's recipe (§3.3)."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 leaves PyTorch's choice."""
     max_bad_steps: Positive = 5

@@ -1,10 +1,10 @@
 """What a supervised fine-tuning run is: a model, conversations, and how often they are read."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
-from fathom.config.recipe import CheckpointSection, OptimizerSection, Positive, Recipe, Share
+from fathom.config.recipe import CheckpointSection, OptimizerSection, Positive, Precision, Recipe, Share
 from fathom.config.section import Section
 
 
@@ -35,8 +35,8 @@ class SFTTrainSection(Section):
     """Linear from 0 to the peak."""
     floor: Share = 0.1
     """The learning rate falls by a cosine to this share of its peak (R1: 5e-5 to 5e-6)."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """What linear layers multiply in; `auto` is bf16 where the hardware has it."""
+    precision: Precision = "auto"
+    """What linear layers multiply in: `auto` is bf16 where the hardware has it, `fp8` V3's recipe (§3.3)."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 leaves PyTorch's choice."""
     max_bad_steps: Positive = 5

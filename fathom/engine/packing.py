@@ -86,7 +86,7 @@ class PackedRouter(Router):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [N, hidden] float32 -> [N, E] float32."""
-        return ops.linear(x, self.packed)
+        return ops.linear(x.float(), self.packed)
 
     def affinities(self, logits: Tensor) -> Tensor:
         """The sigmoid; torch's own rounds the last few numbers of a tensor differently from the others."""

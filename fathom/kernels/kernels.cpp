@@ -33,6 +33,7 @@
 #include "drawing.h"
 #include "pointwise.h"
 #include "softmax.h"
+#include "tiles.h"
 
 extern "C" {
 
@@ -136,6 +137,45 @@ void fathom_grouped_bf16(const bf16* x, const int32_t* at, const int32_t* ends, 
 void fathom_weight_gradient(const bf16* dy, const int32_t* dy_at, const bf16* x, const int32_t* x_at, const int32_t* ends,
                             long E, float* dw, long N, long K) {
     weight_gradient({dy, N, dy_at}, {x, K, x_at}, ends, E, dw, N, K);
+}
+
+#define FATHOM_TILES(T, NAME)                                                                                              \
+    void fathom_tile_rows_##NAME(const T* x, long ldx, long M, long K, int power_of_two, uint8_t* codes, float* scales,    \
+                                 int64_t* bad) {                                                                           \
+        *bad = tile_rows(x, ldx, M, K, power_of_two != 0, codes, scales);                                                  \
+    }                                                                                                                      \
+    void fathom_tile_columns_##NAME(const T* x, const float*, long ldx, const int32_t* at, const int32_t* ends, long E,    \
+                                    long K, int power_of_two, uint8_t* codes, float* scales, int64_t* bad) {               \
+        *bad = tile_columns(Numbers<T>{x, ldx, at}, ends, E, K, power_of_two != 0, codes, scales);                         \
+    }                                                                                                                      \
+    void fathom_tile_blocks_##NAME(const T* w, long E, long N, long K, uint8_t* codes, float* scales,                      \
+                                   int64_t* bad) {                                                                         \
+        *bad = tile_blocks(w, E, N, K, codes, scales);                                                                     \
+    }                                                                                                                      \
+    void fathom_pack12_##NAME(const T* x, long ldx, long M, long K, uint8_t* packed, float* scales, int64_t* bad) {        \
+        *bad = pack12(x, ldx, M, K, packed, scales);                                                                       \
+    }
+
+FATHOM_TILES(bf16, bf16)
+FATHOM_TILES(float, f32)
+
+void fathom_tile_columns_fp8(const uint8_t* x, const float* x_scales, long, const int32_t* at, const int32_t* ends, long E,
+                             long K, int power_of_two, uint8_t* codes, float* scales, int64_t* bad) {
+    *bad = tile_columns(Scaled{x, x_scales, K, at}, ends, E, K, power_of_two != 0, codes, scales);
+}
+void fathom_untile_rows(const uint8_t* codes, const float* scales, long M, long K, bf16* y) {
+    untile_rows({codes, scales, K, nullptr}, M, y);
+}
+void fathom_unpack12(const uint8_t* packed, const float* scales, long M, long K, bf16* y) {
+    unpack12(packed, scales, M, K, y);
+}
+void fathom_scaled_grouped(const uint8_t* x, const float* x_scales, const int32_t* at, const int32_t* ends, long E,
+                           const uint8_t* w, const float* w_scales, long N, long K, int columns, bf16* y) {
+    scaled_grouped({x, x_scales, columns ? N : K, at}, ends, E, w, w_scales, N, K, columns != 0, y);
+}
+void fathom_scaled_weight_gradient(const uint8_t* dy, const float* dy_scales, const uint8_t* x, const float* x_scales,
+                                   const int32_t* ends, long E, float* dw, long N, long K) {
+    scaled_weight_gradient({dy, dy_scales, N, nullptr}, {x, x_scales, K, nullptr}, ends, E, dw);
 }
 
 void fathom_causal_forward(const Heads* q, const Heads* k, const Heads* v, const Heads* o, float* log_sums,

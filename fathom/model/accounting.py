@@ -7,6 +7,8 @@ checked against real models on the meta device and against the published sizes o
 from dataclasses import dataclass
 
 from fathom.config.model import ModelConfig
+from fathom.config.recipe import Precision
+from fathom.precision.tiles import TILE
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,88 @@ def kv_elements_per_token(config: ModelConfig) -> int:
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
     """Bytes remembered per token (bfloat16 unless said)."""
     return kv_elements_per_token(config) * bytes_per_element
+
+
+def activation_bytes(
+    config: ModelConfig, index: int, *, tokens: int, sequences: int, precision: Precision, recompute: bool
+) -> int:
+    """Bytes that decoder layer `index` keeps for the backward pass of so many tokens in so many sequences.
+
+    Of the layers as they are written, without compilation, on a CPU with kernels; weights in another dtype, which are
+    kept too, are not activations and not counted. `precision` is `fp32`, `bf16` or `fp8`, `recompute` as in the recipe.
+    """
+    kept = _Kept(config, 4 if precision == "fp32" else 2, precision == "fp8", recompute)
+    per_token, per_sequence = kept.attention(), 0
+    if config.is_moe_layer(index):
+        assert config.n_routed_experts is not None
+        per_token += kept.mixture()
+        per_sequence = 4 * config.n_routed_experts
+    else:
+        per_token += kept.feed_forward(config.intermediate_size)
+    return tokens * per_token + sequences * per_sequence
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes per token of the parts of a layer, each with the norm before it and the residual stream that enters it."""
+
+    config: ModelConfig
+    number: int
+    """Bytes of a number between layers."""
+    fp8: bool
+    recompute: bool
+
+    def attention(self) -> int:
+        c, heads = self.config, self.config.num_attention_heads
+        total = self._stream_and_norm()
+        if c.kv_lora_rank is None:
+            width, groups = c.dense_head_dim, c.key_value_heads
+            total += self.number * (heads + 2 * groups) * width
+            if c.model_type == "qwen3":  # before the norms of heads
+                total += self.number * (heads + groups) * width
+            value = width
+        else:
+            value = c.v_head_dim
+            total += self.number * ((c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim)
+            if not self.recompute:
+                latents = (c.q_lora_rank, c.kv_lora_rank)
+                total += sum(self._input(width) for width in latents if width is not None)
+                total += self.number * heads * (2 * c.qk_head_dim + c.qk_nope_head_dim + value)
+        if self.number == 2:
+            total += 4 * heads  # logarithms of softmax's sums
+        width = heads * value
+        return total + (width + -(-width // 2) + 4 * -(-width // TILE) if self.fp8 else self.number * width)
+
+    def feed_forward(self, inner: int) -> int:
+        return self._stream_and_norm() + self._gated(inner)
+
+    def mixture(self) -> int:
+        c = self.config
+        assert c.n_routed_experts is not None
+        chosen, inner = c.num_experts_per_tok, c.moe_intermediate_size
+        total = self._stream_and_norm()
+        if self.fp8 and not self.recompute:
+            total += self.number * c.hidden_size  # the router's input is not rounded
+        total += 4 * c.n_routed_experts + 4  # scores, and what turns them into shares
+        total += 8 * chosen + (4 + 4 * chosen if c.norm_topk_prob else 0)  # the choice, its weights
+        total += chosen * (self._tiles(2 * inner) if self.fp8 else self.number * 2 * inner)
+        total += chosen * (4 + 4 + 8)  # weight and token of a row, and where a choice's row is
+        return total + (self._gated(inner * c.n_shared_experts) if c.n_shared_experts else 0)
+
+    def _stream_and_norm(self) -> int:
+        width = self.config.hidden_size
+        return self.number * width + (0 if self.recompute else self._input(width))
+
+    def _gated(self, inner: int) -> int:
+        """SwiGLU's inputs, and in FP8 not its result."""
+        return 2 * self._tiles(inner) if self.fp8 else 3 * self.number * inner
+
+    def _input(self, width: int) -> int:
+        """A linear layer's input."""
+        return self._tiles(width) if self.fp8 else self.number * width
+
+    def _tiles(self, width: int) -> int:
+        return width + 4 * -(-width // TILE)
 
 
 def _layer(config: ModelConfig, index: int, *, active: bool) -> int:

@@ -27,6 +27,7 @@ from fathom.model.forest import Forest
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.paged import PagedLayer
 from fathom.model.rope import rotate, rotate_heads
+from fathom.precision import recompute
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each [B or 1, T, rotary_dim / 2]."""
@@ -74,53 +75,77 @@ class MLA(nn.Module):
         """
         if isinstance(cache, PagedLayer):
             return self._paged(x.squeeze(0), rope, cache).unsqueeze(0)
-        q_nope, q_rope = self._queries(x, rope)
-        latent, k_rope = self._latents(x, rope)
-        if cache is not None:
-            assert slots is not None
-            latent, k_rope = (t.to(x.dtype) for t in cache.write(slots, latent, k_rope))
-        if slots is None or (slots.from_empty and not absorbed):
-            return self._output(self._causal(q_nope, q_rope, latent, k_rope, forest))
+        if cache is None:
+            return self._output(self._uncached(x, rope, forest))
+        assert slots is not None
+        q_nope, q_rope = self._queries(self._query_input(x), rope)
+        latent, k_rope = self._latents(self.kv_a_proj_with_mqa(x), rope)
+        latent, k_rope = (t.to(x.dtype) for t in cache.write(slots, latent, k_rope))
+        if slots.from_empty and not absorbed:
+            return self._output(self._causal(q_nope, q_rope, latent, k_rope))
         visible = _visible(slots)
         absorb = x.shape[1] == 1 if absorbed is None else absorbed
         attend = self._absorbed if absorb else self._expanded
         return self._output(attend(q_nope, q_rope, latent, k_rope, visible))
 
-    def _queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def _uncached(self, x: Tensor, rope: Rope, forest: Forest | None) -> Tensor:
+        """-> heads [B, H, T, V]. Queries, keys and values can be made again from what is small (V3 §3.2.3)."""
+        query_input, compressed = self._query_input(x), self.kv_a_proj_with_mqa(x)
+        q = self._joined_queries(query_input, *rope)
+        recompute.made(q, self._joined_queries, query_input, *rope)
+        k, v = self._joined_keys(compressed, *rope)
+        recompute.made((k, v), self._joined_keys, compressed, *rope)
+        return (causal_attention if forest is None else forest.attend)(q, k, v, self.scale)
+
+    def _joined_queries(self, query_input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """-> [B, H, T, N + R]."""
+        return torch.cat(self._queries(query_input, (cos, sin)), dim=-1)
+
+    def _joined_keys(self, compressed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """-> k [B, H, T, N + R], v [B, H, T, V]."""
+        return self._keys_and_values(*self._latents(compressed, (cos, sin)))
+
+    def _queries(self, query_input: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """-> q_nope [B, H, T, N], q_rope [B, H, T, R]."""
-        q_nope, q_rope = self._project_queries(x).transpose(1, 2).split((self.nope, self.rope), dim=-1)
+        q_nope, q_rope = self._project_queries(query_input).transpose(1, 2).split((self.nope, self.rope), dim=-1)
         cos, sin = (t.unsqueeze(1) for t in rope)
         return q_nope, rotate(q_rope, cos, sin, interleaved=self.interleaved)
 
-    def _project_queries(self, x: Tensor) -> Tensor:
+    def _query_input(self, x: Tensor) -> Tensor:
+        """What queries are projected from: their latent before its norm, or `x` where there is none."""
+        return x if hasattr(self, "q_proj") else self.q_a_proj(x)
+
+    def _project_queries(self, query_input: Tensor) -> Tensor:
         """-> [..., H, N + R]."""
         if hasattr(self, "q_proj"):
-            q = self.q_proj(x)
+            q = self.q_proj(query_input)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+            q = self.q_b_proj(self.q_a_layernorm(query_input))
         return q.unflatten(-1, (self.heads, self.nope + self.rope))
 
-    def _latents(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """-> latent [B, T, C], normalised; shared key [B, T, R], rotated."""
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_width, self.rope), dim=-1)
+    def _latents(self, compressed: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """compressed [B, T, C + R] -> latent [B, T, C], normalised; shared key [B, T, R], rotated."""
+        latent, k_rope = compressed.split((self.latent_width, self.rope), dim=-1)
         return self.kv_a_layernorm(latent), rotate(k_rope, *rope, interleaved=self.interleaved)
 
-    def _keys_and_values(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, S, C] -> k_nope [B, H, S, N], v [B, H, S, V]."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, self.nope + self.value)).transpose(1, 2)
         k_nope, v = kv.split((self.nope, self.value), dim=-1)
         return k_nope, v
 
-    def _causal(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, forest: Forest | None = None
-    ) -> Tensor:
-        k_nope, v = self._keys_and_values(latent)
+    def _keys_and_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """-> k [B, H, S, N + R], v [B, H, S, V]."""
+        k_nope, v = self._expand(latent)
         k_shared = k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)
-        q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_shared), dim=-1)
-        return (causal_attention if forest is None else forest.attend)(q, k, v, self.scale)
+        return torch.cat((k_nope, k_shared), dim=-1), v
+
+    def _causal(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        return causal_attention(q, *self._keys_and_values(latent, k_rope), self.scale)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, visible: Tensor) -> Tensor:
-        k_nope, v = self._keys_and_values(latent)
+        k_nope, v = self._expand(latent)
         scores = q_nope @ k_nope.mT + q_rope @ k_rope.unsqueeze(1).mT
         return _softmax(scores * self.scale, visible) @ v
 
@@ -134,7 +159,8 @@ class MLA(nn.Module):
     def _paged(self, x: Tensor, rope: Rope, cache: PagedLayer) -> Tensor:
         """x [T, hidden] -> the same shape: single tokens absorbed, stretches of a prompt expanded."""
         cos, sin = (t.squeeze(0) for t in rope)
-        q_nope, q_rope = self._project_queries(x).split((self.nope, self.rope), dim=-1)  # [T, H, …]
+        queries = self._project_queries(self._query_input(x))
+        q_nope, q_rope = queries.split((self.nope, self.rope), dim=-1)  # [T, H, …]
         q_rope = rotate_heads(q_rope, cos, sin, interleaved=self.interleaved)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_width, self.rope), dim=-1)
         k_rope = rotate_heads(k_rope.unsqueeze(1), cos, sin, interleaved=self.interleaved)

@@ -92,26 +92,26 @@ class _RoutedExperts(torch.autograd.Function):
         down: Tensor,
     ) -> Tensor:
         kernels = training.groups_fit(x, gate_up) and training.groups_fit(x, down)
-        token_M, position_NK, ends_E = _sort_by_expert(expert_ids, gate_up.shape[0], 1 if kernels else ROW_ALIGNMENT)
+        token_M, position_NK, ends_E = sort_by_expert(expert_ids, gate_up.shape[0], 1 if kernels else ROW_ALIGNMENT)
         weight_M = expert_weights.new_zeros(token_M.shape)
         weight_M.scatter_(0, position_NK.flatten(), expert_weights.flatten())
         gate_up_M2I = _product(x, token_M, ends_E, gate_up)
-        hidden_MI = _swiglu(gate_up_M2I, weight_M)
+        hidden_MI = swiglu(gate_up_M2I, weight_M)
         y_Md = _product(hidden_MI, None, ends_E, down)
         ctx.save_for_backward(x, gate_up, down, gate_up_M2I, weight_M, token_M, position_NK, ends_E)
-        return _sum_over_experts(y_Md, position_NK)
+        return sum_over_experts(y_Md, position_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, gate_up_M2I, weight_M, token_M, position_NK, ends_E = ctx.saved_tensors
         dhidden_MI = _product(dy, token_M, ends_E, down, columns=True)
-        hidden_MI, dgate_up_M2I, dweight_M = _swiglu_backward(gate_up_M2I, weight_M, dhidden_MI)
+        hidden_MI, dgate_up_M2I, dweight_M = swiglu_backward(gate_up_M2I, weight_M, dhidden_MI)
         ddown = _gradient(dy, token_M, hidden_MI, None, ends_E, down)
         dx_Md = _product(dgate_up_M2I, None, ends_E, gate_up, columns=True)
         dgate_up = _gradient(dgate_up_M2I, None, x, token_M, ends_E, gate_up)
         dweight_NK = dweight_M.index_select(0, position_NK.flatten()).view_as(position_NK)
-        dx = _sum_over_experts(dx_Md, position_NK)
+        dx = sum_over_experts(dx_Md, position_NK)
         return dx, None, dweight_NK, dgate_up, ddown
 
 
@@ -170,7 +170,7 @@ def _grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     return out
 
 
-def _sort_by_expert(expert_ids: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(expert_ids: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the token of each row [M] int32, the row of each choice [N, K], and the groups' ends [E] int32.
 
     M depends on shapes alone. Rows that no choice has name token 0, to be weighed with 0.
@@ -192,13 +192,13 @@ def _sort_by_expert(expert_ids: Tensor, num_experts: int, alignment: int) -> tup
     return token, position.view_as(expert_ids), aligned_ends.to(torch.int32)
 
 
-def _swiglu(gate_up_M2I: Tensor, weight_M: Tensor) -> Tensor:
+def swiglu(gate_up_M2I: Tensor, weight_M: Tensor) -> Tensor:
     """weight * silu(gate) * up, [M, I]."""
     gate, up = gate_up_M2I.chunk(2, dim=1)
     return F.silu(gate) * up * weight_M.to(up.dtype)[:, None]
 
 
-def _swiglu_backward(
+def swiglu_backward(
     gate_up_M2I: Tensor,
     weight_M: Tensor,
     dhidden_MI: Tensor,
@@ -214,6 +214,6 @@ def _swiglu_backward(
     return hidden * weight, torch.cat([dgate, dhidden * silu], dim=1), dweight
 
 
-def _sum_over_experts(rows_Md: Tensor, position_NK: Tensor) -> Tensor:
+def sum_over_experts(rows_Md: Tensor, position_NK: Tensor) -> Tensor:
     """sum_k rows[position[n, k]], [N, d]: gather and float32 sum in one operator."""
     return F.embedding_bag(position_NK, rows_Md, mode="sum")

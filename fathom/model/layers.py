@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.model import pointwise
+from fathom.precision import recompute
 
 
 class Linear(nn.Linear):
@@ -40,6 +41,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape."""
+        y = self._normed(x)
+        recompute.made(y, self._normed, x)
+        return y
+
+    def _normed(self, x: Tensor) -> Tensor:
         if pointwise.fits(x, self.weight):
             return pointwise.rms_norm(x, self.weight, self.eps)
         wide = x.float()

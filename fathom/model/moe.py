@@ -19,11 +19,12 @@ replaced, their weights are taken from the scores of this pass, and the router k
 Shapes: B batch, T tokens of a sequence, N = B·T tokens, E experts, K experts per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fathom.config.model import ModelConfig
 from fathom.model.experts import routed_experts
@@ -70,7 +71,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Routing:
         """x [N, hidden] -> the choice for every token; `expert_ids` [N, K] int64 makes it, None leaves it to scores."""
-        logits = self.logits(x.float())
+        logits = self.logits(x)
         scores = self.affinities(logits) if self.sigmoid else logits.softmax(dim=-1)
         if expert_ids is None:
             with torch.no_grad():
@@ -81,8 +82,8 @@ class Router(nn.Module):
         return Routing(expert_ids, weights * self.factor, scores)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [N, hidden] float32 -> [N, E] float32."""
-        return F.linear(x, self.weight.float())
+        """x [N, hidden] -> [N, E] float32."""
+        return _WideLinear.apply(x, self.weight)
 
     def affinities(self, logits: Tensor) -> Tensor:
         """V3's scores of logits [N, E]."""
@@ -110,6 +111,22 @@ class Router(nn.Module):
         """b += rate · sign(mean load − load), once per step; `load` [E] counts the whole batch."""
         wide = load.to(torch.float32)
         self.e_score_correction_bias += rate * torch.sign(wide.mean() - wide)
+
+
+class _WideLinear(torch.autograd.Function):
+    """x Wᵀ in float32, of which no float32 copy of `x` is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = (dy @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, (dy.T @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
 
 
 class Experts(nn.Module):

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 import functools
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -87,6 +88,8 @@ class Transformer(nn.Module):
         )
         self.compute_dtype: torch.dtype | None = None
         """Dtype of the activations; None follows the weights."""
+        self.keeping: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Makes what surrounds the decoder layers of a cache-free pass: `Recompute`, where less is to be kept."""
         self._rope = rope_frequencies(config)
         self._run_layer: Callable[..., tuple[Tensor, RouterReport | None]] = DecoderLayer.__call__
 
@@ -114,13 +117,14 @@ class Transformer(nn.Module):
         rope = self._rope_at(token_ids, None if slots is None else slots.positions)
         chosen = {} if routes is None else self._by_layer(routes)
         reports = []
-        for index, layer in enumerate(self.model.layers):
-            if cache is None:
-                x, report = self._run_layer(layer, x, rope, expert_ids=chosen.get(index))
-            else:
-                x, report = layer(x, rope, slots, cache.layers[index], expert_ids=chosen.get(index))
-            if report is not None:
-                reports.append(report)
+        with self.keeping():
+            for index, layer in enumerate(self.model.layers):
+                if cache is None:
+                    x, report = self._run_layer(layer, x, rope, expert_ids=chosen.get(index))
+                else:
+                    x, report = layer(x, rope, slots, cache.layers[index], expert_ids=chosen.get(index))
+                if report is not None:
+                    reports.append(report)
         if cache is not None:
             cache.advance(token_ids.shape[1] if lengths is None else lengths)
         return self.model.norm(x), reports
@@ -151,7 +155,8 @@ class Transformer(nn.Module):
         module: MTPModule = self.mtp[depth]
         x = module.join(self.embed(token_ids), hidden)
         if cache is None:
-            x, report = self._run_layer(module.block, x, self._rope_at(token_ids, None))
+            with self.keeping():
+                x, report = self._run_layer(module.block, x, self._rope_at(token_ids, None))
         else:
             slots = cache.slots(token_ids.shape[1])
             layer = cache.layers[self.config.num_hidden_layers + depth]

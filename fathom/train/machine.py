@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fathom.config.recipe import TrainSection
 from fathom.errors import UserError
 
 GEMM_SIZE = 2048
@@ -46,18 +47,24 @@ def has_compiler() -> bool:
 
 
 def use_bf16(precision: str) -> bool:
-    """What `train.precision` means here: `bf16`, `fp32`, or `auto` for bfloat16 where it is fast."""
-    return has_bf16() if precision == "auto" else precision == "bf16"
+    """Whether activations are bfloat16 at this `train.precision`; `auto` is bfloat16 where it is fast."""
+    return has_bf16() if precision == "auto" else precision in ("bf16", "fp8")
 
 
-def use_compiler(compile: str) -> bool:
-    """What `train.compile` means here. Raises `UserError` for `on` without a compiler."""
-    if compile == "on" and not has_compiler():
+def use_compiler(train: TrainSection) -> bool:
+    """What `train.compile` means here. Raises `UserError` for `on` without a compiler.
+
+    Layers in FP8, and layers that are to keep less, decide themselves what is kept for the backward pass; compiled, the
+    compiler would.
+    """
+    if train.compile == "on" and not has_compiler():
         raise UserError(
             "train.compile is on, but there is no compiler here (g++ or clang++, and Python's headers); "
             "install one, or set it to auto"
         )
-    return has_compiler() if compile == "auto" else compile == "on"
+    if train.precision == "fp8" or train.recompute:
+        return False
+    return has_compiler() if train.compile == "auto" else train.compile == "on"
 
 
 @dataclass(frozen=True)

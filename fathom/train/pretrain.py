@@ -1,8 +1,9 @@
 """Pre-training, from top to bottom: data, model, and a loop of steps.
 
-A step is: micro-batches, whose gradients add up to that of one large batch → a check that loss and gradient are
-numbers → clipping → the optimizer → the router bias, by the load of the whole batch (DeepSeek-V3 §2.1.2) → metrics. A
-step whose loss or gradient is not finite changes nothing but the position in the data.
+A step is: micro-batches, whose gradients add up to that of one large batch → a check that loss and gradient are numbers
+→ clipping → the optimizer → the router bias, by the load of the whole batch (DeepSeek-V3 §2.1.2) → metrics. A step
+whose loss or gradient is not finite, or which met an FP8 tile without a number, changes nothing but the position in the
+data.
 
 N steps, a stop and N more are bitwise the same as 2N: everything a step reads is in the checkpoint (`state.py`) or
 a function of the recipe and the step's number (`schedule.py`).
@@ -25,16 +26,18 @@ from fathom.data import Loader, TokenDataset
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters, flops_per_token
 from fathom.model.transformer import Transformer
+from fathom.precision.fp8 import FP8
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
 from fathom.train.corpus import open_data
 from fathom.train.display import Display, describe, is_part
 from fathom.train.estimate import dry_run
 from fathom.train.evaluate import BitsPerByte, averaged, evaluate, token_bytes, write_sample
-from fathom.train.machine import device, measure_gemm_peak, use_bf16, use_compiler
+from fathom.train.machine import device, measure_gemm_peak, use_compiler
 from fathom.train.metrics import MetricsLog
 from fathom.train.objective import Report, max_violation, pretrain_loss
 from fathom.train.optimizers import Optimizer, build_optimizer
+from fathom.train.precision import set_precision
 from fathom.train.run import RunFolder, RunResult, begin_run, newest_model
 from fathom.train.schedule import (
     bias_rate_at,
@@ -64,6 +67,8 @@ class Training:
     """Averaged parameters by name, float32."""
     token_bytes: Tensor
     """int64 [vocab]."""
+    fp8: FP8 | None
+    """What the model's layers share if they multiply in FP8."""
 
     def contents(self, recipe: PretrainRecipe, dataset: TokenDataset) -> Contents:
         """What a checkpoint of this moment holds."""
@@ -102,7 +107,7 @@ def pretrain(
         run, checkpoint, say = begun.run, begun.checkpoint, begun.told.say
         if warning := check_schedule(recipe):
             say(warning)
-        compiled = use_compiler(recipe.train.compile)
+        compiled = use_compiler(recipe.train)
         dataset = open_data(recipe, begun.console)
         training = _start(recipe, dataset, checkpoint)
         begin_run(run, recipe, overwrite=overwrite)
@@ -123,8 +128,8 @@ def _train(
     """The loop: step, checkpoint, evaluation. The checkpoint comes first, so that no evaluation can cost it; a kill
     between the two leaves an evaluation to be made when the run is resumed."""
     model, progress, total = training.model, training.progress, recipe.train.steps
-    dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
-    model.compute_dtype = dtype
+    dtype = model.compute_dtype
+    assert dtype is not None
     evaluation: dict[str, float] = {}
     saved = progress.step
 
@@ -154,7 +159,7 @@ def _train(
                 "insist with --accept-changes"
             )
             return RunResult(run.path, progress.step, checkpoint, evaluation)
-        if use_compiler(recipe.train.compile):
+        if use_compiler(recipe.train):
             display.say("compiling (about half a minute)…")
         peak = measure_gemm_peak(dtype)
         flops = flops_per_token(model.config, recipe.data.sequence_length)
@@ -198,6 +203,8 @@ def train_step(training: Training, recipe: PretrainRecipe) -> dict[str, Any]:
     bias_rate = bias_rate_at(step, total, full, recipe.schedule, recipe.balance)
 
     tally = _Tally(micro_batches, training.token_bytes)
+    if training.fp8 is not None:
+        training.fp8.bad_tiles = 0
     for _ in range(micro_batches):
         tokens = training.loader.next_batch().to(training.token_bytes.device)
         loss, report = pretrain_loss(model, tokens, mtp_weight=mtp_weight, balance_weight=recipe.balance.sequence_loss)
@@ -207,7 +214,8 @@ def train_step(training: Training, recipe: PretrainRecipe) -> dict[str, Any]:
 
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = get_total_norm([p.grad for p in parameters])
-    skipped = not (math.isfinite(grad_norm) and tally.finite)
+    bad_tiles = 0 if training.fp8 is None else training.fp8.bad_tiles
+    skipped = bad_tiles > 0 or not (math.isfinite(grad_norm) and tally.finite)
     if not skipped:
         clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, grad_norm)
         training.optimizer.step(lr)
@@ -225,6 +233,7 @@ def train_step(training: Training, recipe: PretrainRecipe) -> dict[str, Any]:
         "skipped": skipped,
         **tally.metrics(model),
         "grad_norm": float(grad_norm),
+        **({} if training.fp8 is None else {"bad_tiles": bad_tiles}),
         **rates,
     }
 
@@ -291,7 +300,18 @@ def _start(recipe: PretrainRecipe, dataset: TokenDataset, checkpoint: Path | Non
         ema = {name: source[name].detach().clone().to(device()) for name, _ in model.named_parameters()}
     progress = Progress() if resumed is None else resumed.progress
     return Training(
-        model, optimizer, loader, progress, ema, token_bytes(dataset.tokenizer, recipe.model.vocab_size, device())
+        model,
+        optimizer,
+        loader,
+        progress,
+        ema,
+        token_bytes(dataset.tokenizer, recipe.model.vocab_size, device()),
+        set_precision(
+            model,
+            recipe.train.precision,
+            recompute=recipe.train.recompute,
+            gradient_blocks=recipe.train.fp8_gradients == "blocks",
+        ),
     )
 
 
@@ -327,6 +347,8 @@ def _report_bad_step(
     """Say that a step was skipped; raise `UserError` when it was one too many."""
     row, limit = progress.bad_in_a_row, recipe.train.max_bad_steps
     what = f"loss {values['loss']:.3g}, gradient norm {values['grad_norm']:.3g}"
+    if bad := values.get("bad_tiles"):
+        what += f", {count(bad)} FP8 tiles that hold no number"
     display.say(f"step {progress.step}: skipped, {what} ({row} in a row, {limit} stop the run)")
     if row >= limit:
         good = f"{checkpoint} is the last good checkpoint" if checkpoint else "there is no checkpoint yet"

@@ -17,8 +17,9 @@ from fathom.errors import UserError
 from fathom.model.checkpoint import load
 from fathom.model.transformer import Transformer
 from fathom.train.display import Display
-from fathom.train.machine import device, use_bf16
+from fathom.train.machine import device
 from fathom.train.optimizers import Optimizer, build_optimizer
+from fathom.train.precision import set_precision
 from fathom.train.run import RunFolder, find_checkpoint, model_folder, run_folder
 from fathom.train.signals import sigterm_interrupts
 from fathom.train.state import Contents, Progress, State, read_checkpoint
@@ -100,7 +101,7 @@ def open_trainee(kind: type[Kind], recipe: SFTRecipe | RLRecipe, checkpoint: Pat
     if tokenizer is None:
         raise UserError(f"{recipe.model}: has no tokenizer, without which {unable}")
     model = model.to(device())
-    model.compute_dtype = torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32
+    set_precision(model, recipe.train.precision)
     # A multi-token-prediction module takes no part in the loss: it drafts for the engine, and stays as it is.
     for module in model.mtp:
         module.requires_grad_(False)

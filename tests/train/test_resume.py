@@ -26,6 +26,10 @@ VARIANTS = {
         "optimizer": {"name": "muon", "lr": 1e-2, "state_dtype": "bfloat16"},
         "train": {"ema_decay": 0.9},
     },
+    "FP8, bfloat16 state": {
+        "optimizer": {"lr": 1e-2, "state_dtype": "bfloat16"},
+        "train": {"precision": "fp8", "recompute": True, "compile": "auto"},
+    },
     "bfloat16, batch ramp": {"train": {"precision": "bf16"}, "schedule": {"warmup_steps": 2, "batch_ramp": 0.4}},
 }
 

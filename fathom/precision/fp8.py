@@ -1,0 +1,258 @@
+"""What layers multiply in when a model trains in FP8 (DeepSeek-V3 §3.3): quantise, multiply, and keep little.
+
+A linear layer is three products, all of e4m3 factors with their sums promoted every 128 numbers (`products.py`):
+
+    Fprop   y  = x Wᵀ      x in 1×128 tiles            W in 128×128 blocks
+    Dgrad   dx = dy W      dy in 1×128 tiles           the same blocks, read down
+    Wgrad   dW = dyᵀ x     dy in 128×1 tiles           x, as it was kept, tiled anew in 128×1
+
+Kept for the backward pass are codes and scales of x (a byte per number and 4 per tile), not x. Two kinds of layer keep
+something else: the one behind attention its input in twelve bits (`e5m6.py`), and the last of a gated feed-forward the
+*inputs* of SwiGLU in FP8, from which SwiGLU is made again. Weight gradients are summed in float32; what is not a linear
+layer inside the network (embedding, head, router, norms, attention itself) does not come here.
+
+Neighbours share one quantisation: layers that are given the same tensor keep the same codes.
+
+A tile that holds no number is counted (`FP8.bad_tiles`), poisons what it meets, and the step is skipped by the trainer.
+
+On a CPU the kernels of `fathom/kernels/tiles.h` do this; elsewhere, or without a compiler, the definitions in PyTorch.
+"""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fathom.kernels import tiles as kernels
+from fathom.kernels import training
+from fathom.precision import recompute
+from fathom.precision.blocks import dequantize_blocks
+from fathom.precision.e5m6 import pack_e5m6, unpack_e5m6
+from fathom.precision.tiles import TILE, Tiles, dequantise_rows, quantise_blocks, quantise_columns, quantise_rows
+
+
+class FP8:
+    """What all layers of a model in FP8 share."""
+
+    def __init__(self, *, gradient_blocks: bool = False) -> None:
+        """`gradient_blocks` rounds gradients of activations in 128×128 blocks first, which the paper found to diverge
+        (App. B.2)."""
+        self.gradient_blocks = gradient_blocks
+        self.bad_tiles = 0
+        """Tiles without a number since somebody set this to 0."""
+        self._recent: tuple[weakref.ref[Tensor], int, bool, Tiles] | None = None
+
+    def linear(
+        self, x: Tensor, weight: Tensor, *, power_of_two: bool = False, behind_attention: bool = False
+    ) -> Tensor:
+        """x [..., K], weight [N, K] -> x Wᵀ [..., N] in the dtype of `x`.
+
+        `power_of_two` is of the scales of `x`; `behind_attention` keeps it in twelve bits instead of eight.
+        """
+        tiles = self.tiles_of(x, power_of_two=power_of_two)
+        return _Linear.apply(x, *tiles, weight, self, behind_attention)
+
+    def gated_linear(self, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """gate, up [..., I], weight [N, I] -> (silu(gate) · up) Wᵀ [..., N]."""
+        return _GatedLinear.apply(gate, up, weight, self)
+
+    # What follows is not differentiable: the pieces of the above and of experts.
+
+    @torch.no_grad()
+    def tiles_of(self, x: Tensor, *, power_of_two: bool) -> Tiles:
+        """`rows` of an activation [..., K]; the last one's tiles are remembered, for layers that share their input."""
+        if self._recent is not None:
+            known, version, scaling, tiles = self._recent
+            if known() is x and version == x._version and scaling == power_of_two:
+                return tiles
+        tiles = self._rows_of(x, power_of_two)
+        if recompute.is_made(x):
+            recompute.made(tiles, self._rows_of, x, power_of_two)
+        if not x.is_inference():  # whose changes nobody counts
+            self._recent = (weakref.ref(x), x._version, power_of_two, tiles)
+        return tiles
+
+    def _rows_of(self, x: Tensor, power_of_two: bool) -> Tiles:
+        return self.rows(x.reshape(-1, x.shape[-1]), power_of_two=power_of_two)
+
+    def rows(self, x: Tensor, *, power_of_two: bool = False) -> Tiles:
+        """x [M, K] in 1×128 tiles."""
+        if kernels.fits(x):
+            return self._counted(*kernels.tile_rows(x, power_of_two=power_of_two))
+        return self._checked(quantise_rows(x, power_of_two=power_of_two))
+
+    def columns(self, x: Tensor | Tiles, at: Tensor | None, ends: Tensor) -> Tiles:
+        """The rows x[at] of each group in 128×1 tiles of their own: codes [M, K], scales [tiles of all groups, K].
+
+        `x` [rows, K] may be tiles of rows; group e ends before row ends[e].
+        """
+        if kernels.fits(x.scales if isinstance(x, Tiles) else x):
+            return self._counted(*kernels.tile_columns(x, at, ends, power_of_two=False))
+        wide = dequantise_rows(x) if isinstance(x, Tiles) else x
+        wide = wide if at is None else wide[at]
+        codes, scales = zip(*(quantise_columns(wide[part]) for part in _parts(ends)), strict=True)
+        return self._checked(Tiles(_cat_codes(codes), torch.cat(scales)))
+
+    def blocks(self, weight: Tensor) -> Tiles:
+        """weight [E, N, K] in 128×128 blocks: codes [E, N, K], scales [E, ⌈N/128⌉, ⌈K/128⌉]."""
+        weight = weight.detach()
+        if kernels.fits(weight):
+            return self._counted(*kernels.tile_blocks(weight))
+        codes, scales = zip(*map(quantise_blocks, weight), strict=True)
+        return self._checked(Tiles(_cat_codes(codes).view_as(weight), torch.stack(scales)))
+
+    def product(self, x: Tiles, at: Tensor | None, ends: Tensor, weight: Tiles, *, columns: bool = False) -> Tensor:
+        """The rows x[at] of each group times their matrix in blocks [E, N, K]: [M, N], or back to [M, K] if `columns`.
+
+        In bfloat16; rows behind the last group are undefined.
+        """
+        _, N, K = weight.codes.shape
+        if kernels.fits(x.scales) and kernels.products_fit(N, K):
+            return kernels.grouped(x, at, ends, weight, columns=columns)
+        codes, scales = (x.codes, x.scales) if at is None else (x.codes.view(torch.uint8)[at], x.scales[at])
+        y = torch.zeros(len(codes), K if columns else N, device=scales.device)
+        wide = codes.view(torch.float8_e4m3fn).float()
+        for part, matrix, of_blocks in zip(_parts(ends), weight.codes, weight.scales, strict=True):
+            w, w_scales = (matrix.float().T, of_blocks.T) if columns else (matrix.float(), of_blocks)
+            rows = w_scales.repeat_interleave(TILE, dim=0)[: len(w)]
+            for tile, begin in enumerate(range(0, w.shape[1], TILE)):
+                inner = wide[part, begin : begin + TILE] @ w[:, begin : begin + TILE].T
+                y[part] += inner * (scales[part, tile, None] * rows[:, tile])
+        return y.to(torch.bfloat16)
+
+    def weight_gradient(self, dy: Tiles, x: Tiles, ends: Tensor) -> Tensor:
+        """Sums over each group's rows of dy[m]ᵀ x[m], both in tiles of columns: [E, N, K] float32."""
+        if kernels.fits(x.scales) and kernels.products_fit(dy.codes.shape[1], x.codes.shape[1]):
+            return kernels.weight_gradient(dy, x, ends)
+        wide_dy, wide_x, tile, sums = dy.codes.float(), x.codes.float(), 0, []
+        for part in _parts(ends):
+            total = dy.scales.new_zeros(wide_dy.shape[1], wide_x.shape[1])
+            for begin in range(part.start, part.stop, TILE):
+                rows = slice(begin, min(begin + TILE, part.stop))
+                total += wide_dy[rows].T @ wide_x[rows] * (dy.scales[tile, :, None] * x.scales[tile])
+                tile += 1
+            sums.append(total)
+        return torch.stack(sums)
+
+    def values(self, x: Tiles) -> Tensor:
+        """What tiles of rows kept, [M, K] bfloat16."""
+        return kernels.untile_rows(x) if kernels.fits(x.scales) else dequantise_rows(x).to(torch.bfloat16)
+
+    def twelve_bits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [M, K] as `pack_e5m6` packs it."""
+        if not kernels.fits(x):
+            return pack_e5m6(x)  # its tiles were counted when they were made for the product
+        packed, scales, _ = kernels.pack12(x)
+        return packed, scales
+
+    def from_twelve_bits(self, packed: Tensor, scales: Tensor, width: int) -> Tensor:
+        """What `twelve_bits` kept, [M, width] bfloat16."""
+        if kernels.fits(scales):
+            return kernels.unpack12(packed, scales, width)
+        return unpack_e5m6(packed, scales, width).to(torch.bfloat16)
+
+    def gradient(self, dy: Tensor) -> Tensor:
+        """A gradient of activations as rows [M, N], as it enters products."""
+        dy = dy.reshape(-1, dy.shape[-1])
+        if not self.gradient_blocks:
+            return dy
+        # Powers of two, so that tiling these numbers again by rows and columns rounds none of them a second time.
+        return dequantize_blocks(*self._checked(quantise_blocks(dy, power_of_two=True)), dtype=dy.dtype)
+
+    def _counted(self, tiles: Tiles, bad: int) -> Tiles:
+        self.bad_tiles += bad
+        return tiles
+
+    def _checked(self, tiles: Tiles) -> Tiles:
+        return self._counted(tiles, int(tiles.scales.isnan().sum()))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, weight: Tensor, fp8: FP8, behind_attention: bool
+    ) -> Tensor:
+        blocks = fp8.blocks(weight[None])
+        y = fp8.product(Tiles(codes, scales), None, _one_group(codes), blocks)
+        ctx.fp8, ctx.twelve, ctx.dtypes = fp8, behind_attention, (x.dtype, weight.dtype)
+        kept = fp8.twelve_bits(x.reshape(-1, x.shape[-1])) if behind_attention else (codes, scales)
+        ctx.save_for_backward(*kept, *blocks)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        fp8: FP8 = ctx.fp8
+        x, scales, *blocks = ctx.saved_tensors
+        rows, blocks = fp8.gradient(dy), Tiles(*blocks)
+        ends, (dtype, weight_dtype) = _one_group(rows), ctx.dtypes
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = fp8.product(fp8.rows(rows), None, ends, blocks, columns=True)
+            dx = dx.to(dtype).view(*dy.shape[:-1], -1)
+        if ctx.needs_input_grad[3]:
+            kept = fp8.from_twelve_bits(x, scales, blocks.codes.shape[-1]) if ctx.twelve else Tiles(x, scales)
+            x_tiles = fp8.columns(kept, None, ends)
+            dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), x_tiles, ends)[0].to(weight_dtype)
+        return dx, None, None, dweight, None, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, fp8: FP8) -> Tensor:
+        flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
+        blocks = fp8.blocks(weight[None])
+        y = fp8.product(fp8.rows(gated(flat_gate, flat_up)), None, _one_group(flat_gate), blocks)
+        ctx.fp8, ctx.weight_dtype = fp8, weight.dtype
+        ctx.save_for_backward(*fp8.rows(flat_gate), *fp8.rows(flat_up), *blocks)
+        return y.to(gate.dtype).view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        fp8: FP8 = ctx.fp8
+        tensors = ctx.saved_tensors
+        rows, blocks = fp8.gradient(dy), Tiles(*tensors[4:])
+        gate, up = (fp8.values(Tiles(*pair)).to(dy.dtype) for pair in (tensors[:2], tensors[2:4]))
+        ends = _one_group(rows)
+        dhidden = fp8.product(fp8.rows(rows), None, ends, blocks, columns=True).to(dy.dtype)
+        dweight = None
+        if ctx.needs_input_grad[2]:
+            hidden = fp8.columns(gated(gate, up), None, ends)
+            dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), hidden, ends)[0].to(ctx.weight_dtype)
+        dgate, dup = (t.view(*dy.shape[:-1], -1) for t in gated_backward(dhidden, gate, up))
+        return dgate, dup, dweight, None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, rounded once."""
+    if kernels.fits(gate):
+        return training.gated(gate, up)
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (dgate, dup) of `gated`."""
+    if kernels.fits(gate):
+        return training.gated_backward(dy, gate, up)
+    dy, wide_gate = dy.float(), gate.float()
+    dgate, dup = torch.ops.aten.silu_backward(dy * up.float(), wide_gate), dy * F.silu(wide_gate)
+    return dgate.to(gate.dtype), dup.to(up.dtype)
+
+
+def _one_group(rows: Tensor) -> Tensor:
+    return torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
+
+
+def _parts(ends: Tensor) -> list[slice]:
+    bounds = [0, *ends.tolist()]
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+
+def _cat_codes(codes: tuple[Tensor, ...]) -> Tensor:
+    """Joined along the first dimension, which PyTorch does for bytes and not for every device's float8."""
+    return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn)
