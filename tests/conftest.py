@@ -1,8 +1,14 @@
 """What tests of several rooms share."""
 
+import os
+
 import pytest
+import torch
 
 from fathom.kernels.library import library
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,13 @@ Neighbours share one quantisation: layers that are given the same tensor keep th
 
 A tile that holds no number is counted (`FP8.bad_tiles`), poisons what it meets, and the step is skipped by the trainer.
 
-On a CPU the kernels of `fathom/kernels/tiles.h` do this; elsewhere, or without a compiler, the definitions in PyTorch.
+On a CPU the kernels of `fathom/kernels/tiles.h` do this, on a GPU those of `fathom/precision/kernels` (which have not
+met one yet), elsewhere or without a compiler PyTorch.
 """
 
-import itertools
+import importlib
 import weakref
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,10 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from fathom.kernels import tiles as kernels
 from fathom.kernels import training
-from fathom.precision import recompute
+from fathom.precision import kernels as gpu
+from fathom.precision import plain, recompute
 from fathom.precision.blocks import dequantize_blocks
-from fathom.precision.e5m6 import pack_e5m6, unpack_e5m6
-from fathom.precision.tiles import TILE, Tiles, dequantise_rows, quantise_blocks, quantise_columns, quantise_rows
+from fathom.precision.tiles import Tiles, quantise_blocks
 
 
 class FP8:
@@ -81,79 +83,44 @@ class FP8:
 
     def rows(self, x: Tensor, *, power_of_two: bool = False) -> Tiles:
         """x [M, K] in 1×128 tiles."""
-        if kernels.fits(x):
-            return self._counted(*kernels.tile_rows(x, power_of_two=power_of_two))
-        return self._checked(quantise_rows(x, power_of_two=power_of_two))
+        return self._counted(*_backend(x).tile_rows(x, power_of_two=power_of_two))
 
     def columns(self, x: Tensor | Tiles, at: Tensor | None, ends: Tensor) -> Tiles:
         """The rows x[at] of each group in 128×1 tiles of their own: codes [M, K], scales [tiles of all groups, K].
 
         `x` [rows, K] may be tiles of rows; group e ends before row ends[e].
         """
-        if kernels.fits(x.scales if isinstance(x, Tiles) else x):
-            return self._counted(*kernels.tile_columns(x, at, ends, power_of_two=False))
-        wide = dequantise_rows(x) if isinstance(x, Tiles) else x
-        wide = wide if at is None else wide[at]
-        codes, scales = zip(*(quantise_columns(wide[part]) for part in _parts(ends)), strict=True)
-        return self._checked(Tiles(_cat_codes(codes), torch.cat(scales)))
+        like = x.scales if isinstance(x, Tiles) else x
+        return self._counted(*_backend(like).tile_columns(x, at, ends, power_of_two=False))
 
     def blocks(self, weight: Tensor) -> Tiles:
         """weight [E, N, K] in 128×128 blocks: codes [E, N, K], scales [E, ⌈N/128⌉, ⌈K/128⌉]."""
         weight = weight.detach()
-        if kernels.fits(weight):
-            return self._counted(*kernels.tile_blocks(weight))
-        codes, scales = zip(*map(quantise_blocks, weight), strict=True)
-        return self._checked(Tiles(_cat_codes(codes).view_as(weight), torch.stack(scales)))
+        return self._counted(*_backend(weight).tile_blocks(weight))
 
     def product(self, x: Tiles, at: Tensor | None, ends: Tensor, weight: Tiles, *, columns: bool = False) -> Tensor:
         """The rows x[at] of each group times their matrix in blocks [E, N, K]: [M, N], or back to [M, K] if `columns`.
 
         In bfloat16; rows behind the last group are undefined.
         """
-        _, N, K = weight.codes.shape
-        if kernels.fits(x.scales) and kernels.products_fit(N, K):
-            return kernels.grouped(x, at, ends, weight, columns=columns)
-        codes, scales = (x.codes, x.scales) if at is None else (x.codes.view(torch.uint8)[at], x.scales[at])
-        y = torch.zeros(len(codes), K if columns else N, device=scales.device)
-        wide = codes.view(torch.float8_e4m3fn).float()
-        for part, matrix, of_blocks in zip(_parts(ends), weight.codes, weight.scales, strict=True):
-            w, w_scales = (matrix.float().T, of_blocks.T) if columns else (matrix.float(), of_blocks)
-            rows = w_scales.repeat_interleave(TILE, dim=0)[: len(w)]
-            for tile, begin in enumerate(range(0, w.shape[1], TILE)):
-                inner = wide[part, begin : begin + TILE] @ w[:, begin : begin + TILE].T
-                y[part] += inner * (scales[part, tile, None] * rows[:, tile])
-        return y.to(torch.bfloat16)
+        return _backend(x.scales, *weight.codes.shape[1:]).grouped(x, at, ends, weight, columns=columns)
 
     def weight_gradient(self, dy: Tiles, x: Tiles, ends: Tensor) -> Tensor:
         """Sums over each group's rows of dy[m]ᵀ x[m], both in tiles of columns: [E, N, K] float32."""
-        if kernels.fits(x.scales) and kernels.products_fit(dy.codes.shape[1], x.codes.shape[1]):
-            return kernels.weight_gradient(dy, x, ends)
-        wide_dy, wide_x, tile, sums = dy.codes.float(), x.codes.float(), 0, []
-        for part in _parts(ends):
-            total = dy.scales.new_zeros(wide_dy.shape[1], wide_x.shape[1])
-            for begin in range(part.start, part.stop, TILE):
-                rows = slice(begin, min(begin + TILE, part.stop))
-                total += wide_dy[rows].T @ wide_x[rows] * (dy.scales[tile, :, None] * x.scales[tile])
-                tile += 1
-            sums.append(total)
-        return torch.stack(sums)
+        return _backend(x.scales, dy.codes.shape[1], x.codes.shape[1]).weight_gradient(dy, x, ends)
 
     def values(self, x: Tiles) -> Tensor:
         """What tiles of rows kept, [M, K] bfloat16."""
-        return kernels.untile_rows(x) if kernels.fits(x.scales) else dequantise_rows(x).to(torch.bfloat16)
+        return _backend(x.scales).untile_rows(x)
 
     def twelve_bits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M, K] as `pack_e5m6` packs it."""
-        if not kernels.fits(x):
-            return pack_e5m6(x)  # its tiles were counted when they were made for the product
-        packed, scales, _ = kernels.pack12(x)
+        """x [M, K] as `e5m6.pack_e5m6` packs it; its tiles were counted when they were made for the product."""
+        packed, scales, _ = _backend(x).pack12(x)
         return packed, scales
 
     def from_twelve_bits(self, packed: Tensor, scales: Tensor, width: int) -> Tensor:
         """What `twelve_bits` kept, [M, width] bfloat16."""
-        if kernels.fits(scales):
-            return kernels.unpack12(packed, scales, width)
-        return unpack_e5m6(packed, scales, width).to(torch.bfloat16)
+        return _backend(scales).unpack12(packed, scales, width)
 
     def gradient(self, dy: Tensor) -> Tensor:
         """A gradient of activations as rows [M, N], as it enters products."""
@@ -161,14 +128,21 @@ class FP8:
         if not self.gradient_blocks:
             return dy
         # Powers of two, so that tiling these numbers again by rows and columns rounds none of them a second time.
-        return dequantize_blocks(*self._checked(quantise_blocks(dy, power_of_two=True)), dtype=dy.dtype)
+        blocks = self._counted(*plain.counted(quantise_blocks(dy, power_of_two=True)))
+        return dequantize_blocks(*blocks, dtype=dy.dtype)
 
     def _counted(self, tiles: Tiles, bad: int) -> Tiles:
         self.bad_tiles += bad
         return tiles
 
-    def _checked(self, tiles: Tiles) -> Tiles:
-        return self._counted(tiles, int(tiles.scales.isnan().sum()))
+
+def _backend(like: Tensor, *widths: int) -> ModuleType:
+    """Who makes tiles of numbers like these, and products over these widths: a CPU's kernels, a GPU's, or PyTorch."""
+    if kernels.fits(like) and (not widths or kernels.products_fit(*widths)):
+        return kernels
+    if gpu.available(like.device):
+        return importlib.import_module("fathom.precision.kernels.training")
+    return plain
 
 
 class _Linear(torch.autograd.Function):
@@ -246,13 +220,3 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 
 def _one_group(rows: Tensor) -> Tensor:
     return torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
-
-
-def _parts(ends: Tensor) -> list[slice]:
-    bounds = [0, *ends.tolist()]
-    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
-
-
-def _cat_codes(codes: tuple[Tensor, ...]) -> Tensor:
-    """Joined along the first dimension, which PyTorch does for bytes and not for every device's float8."""
-    return torch.cat([c.view(torch.uint8) for c in codes]).view(torch.float8_e4m3fn)

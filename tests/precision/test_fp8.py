@@ -1,11 +1,14 @@
 """Layers in FP8 as differentiable functions: what they compute, what they keep, what poisons them."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.kernels import tiles as kernels
+from fathom.precision import kernels as gpu
 from fathom.precision.e5m6 import pack_e5m6, unpack_e5m6
 from fathom.precision.fp8 import FP8
 from fathom.precision.tiles import (
@@ -42,13 +45,18 @@ def close(found: Tensor | None, meant: Tensor) -> None:
     assert (found.float() - meant).abs().max() <= 2.0**-7 * meant.abs().max()
 
 
-@pytest.fixture(params=["kernels", "definitions"])
+@pytest.fixture(params=["kernels", "definitions", "triton"])
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By the kernels of a CPU, and by the definitions, as on a device without."""
+    """By the kernels of a CPU; by the definitions, as on a device without; by a GPU's kernels in the interpreter."""
     if request.param == "kernels":
         request.getfixturevalue("kernels")
-    else:
-        monkeypatch.setattr(kernels, "fits", lambda x: False)
+        return request.param
+    monkeypatch.setattr(kernels, "fits", lambda x: False)
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("there is a GPU, which Triton then uses; its interpreter is for machines without one")
+        monkeypatch.setattr(gpu, "available", lambda device: True)
     return request.param
 
 
