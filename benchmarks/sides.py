@@ -19,6 +19,7 @@ import torch
 
 from fathom.config import ModelConfig, read_config, to_hf
 from fathom.config.presets import PRESETS, preset
+from fathom.config.recipe import Precision
 
 Step = Callable[[torch.Tensor], float]
 """tokens [B, T+1] int64 -> loss; one optimizer step."""
@@ -31,16 +32,26 @@ def read_model(name: str) -> ModelConfig:
     return preset(name) if name in PRESETS else read_config(Path(name))
 
 
-def fathom_side(config: ModelConfig, *, optimizer: str, lr: float, compiled: bool, seed: int) -> tuple[Step, Evaluate]:
+def fathom_side(
+    config: ModelConfig,
+    *,
+    optimizer: str = "adamw",
+    precision: Precision = "bf16",
+    recompute: bool = False,
+    compiled: bool,
+    lr: float,
+    seed: int,
+) -> tuple[Step, Evaluate]:
     """Our own step, exactly as the trainer takes it: loss, clipping, optimizer, router bias."""
     from fathom.config.recipe import OptimizerSection
     from fathom.model.transformer import Transformer
     from fathom.train.objective import pretrain_loss
     from fathom.train.optimizers import build_optimizer
+    from fathom.train.precision import set_precision
 
     model = Transformer(config)
     model.init_weights(seed)
-    model.compute_dtype = torch.bfloat16
+    set_precision(model, precision, recompute=recompute)
     if compiled:
         model.compile_blocks()
     rule = build_optimizer(model, OptimizerSection(name=optimizer, lr=lr))
@@ -95,11 +106,21 @@ def transformers_side(config: ModelConfig, *, lr: float, compiled: bool, seed: i
     return step, evaluate
 
 
+FATHOM_SIDES: dict[str, dict[str, Any]] = {
+    "fathom": {"compiled": True},
+    "fathom-muon": {"compiled": True, "optimizer": "muon"},
+    "fathom-eager": {"compiled": False},
+    "fathom-recompute": {"compiled": False, "recompute": True},
+    "fathom-fp8": {"compiled": False, "precision": "fp8"},
+    "fathom-fp8-recompute": {"compiled": False, "precision": "fp8", "recompute": True},
+}
+"""Ours, in bfloat16 with AdamW unless said."""
+
+
 def build_side(name: str, config: ModelConfig, *, lr: float, seed: int) -> tuple[Step, Evaluate]:
-    """`fathom`, `fathom-muon`, `transformers-eager` or `transformers-compiled`."""
-    if name.startswith("fathom"):
-        optimizer = "muon" if name == "fathom-muon" else "adamw"
-        return fathom_side(config, optimizer=optimizer, lr=lr, compiled=name != "fathom-eager", seed=seed)
+    """One of `FATHOM_SIDES`, `transformers-eager` or `transformers-compiled`."""
+    if name in FATHOM_SIDES:
+        return fathom_side(config, lr=lr, seed=seed, **FATHOM_SIDES[name])
     return transformers_side(config, lr=lr, compiled=name == "transformers-compiled", seed=seed)
 
 

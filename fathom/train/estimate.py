@@ -10,11 +10,12 @@ from rich.table import Table
 from fathom.config import PretrainRecipe, explain_recipe
 from fathom.config.model import ModelConfig
 from fathom.config.recipe import OptimizerSection
+from fathom.model import accounting
 from fathom.model.accounting import count_parameters, flops_per_token
 from fathom.model.transformer import Transformer
 from fathom.report.tables import plural, quantity
 from fathom.train.corpus import describe_data
-from fathom.train.machine import GemmSpeed, measure_gemm, use_bf16
+from fathom.train.machine import GemmSpeed, measure_gemm, resolved_precision, use_bf16, use_compiler
 from fathom.train.optimizers import is_orthogonalised
 from fathom.train.schedule import check_schedule, full_micro_batches, micro_batches_at
 
@@ -41,7 +42,7 @@ class Memory:
     """Weights, optimizer and average once more, for checkpoints that are written beside training."""
     average: int
     activations: int
-    """Of one micro-batch; rough."""
+    """Of one micro-batch; rough where layers are compiled."""
     program: int = PROGRAM_BYTES
     """Python, PyTorch and the other libraries; as measured here, whatever the model."""
 
@@ -68,8 +69,20 @@ def estimate_memory(recipe: PretrainRecipe) -> Memory:
         optimizer=optimizer,
         checkpoint_copy=weights + optimizer + average,
         average=average,
-        activations=activation_bytes(tokens * layers * recipe.model.hidden_size, recipe.train.precision),
+        activations=_kept_by_layers(recipe)
+        or activation_bytes(tokens * layers * recipe.model.hidden_size, recipe.train.precision),
     )
+
+
+def _kept_by_layers(recipe: PretrainRecipe) -> int:
+    """Bytes that the layers keep of one micro-batch where they decide it themselves; 0 where the compiler does."""
+    config, train = recipe.model, recipe.train
+    if use_compiler(train):
+        return 0
+    batch = {"tokens": train.micro_batch * recipe.data.sequence_length, "sequences": train.micro_batch}
+    how = {"precision": resolved_precision(train.precision), "recompute": train.recompute}
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    return sum(accounting.activation_bytes(config, index, **batch, **how) for index in layers)
 
 
 def trained_bytes(model: Transformer) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fathom.config.recipe import TrainSection
+from fathom.config.recipe import Precision, TrainSection
 from fathom.errors import UserError
 
 GEMM_SIZE = 2048
@@ -46,9 +46,14 @@ def has_compiler() -> bool:
     return headers.exists() and any(shutil.which(name) for name in names)
 
 
-def use_bf16(precision: str) -> bool:
-    """Whether activations are bfloat16 at this `train.precision`; `auto` is bfloat16 where it is fast."""
-    return has_bf16() if precision == "auto" else precision in ("bf16", "fp8")
+def resolved_precision(precision: Precision) -> Precision:
+    """`train.precision` without `auto`, which is bf16 where that is fast."""
+    return ("bf16" if has_bf16() else "fp32") if precision == "auto" else precision
+
+
+def use_bf16(precision: Precision) -> bool:
+    """Whether activations are bfloat16 at this `train.precision`."""
+    return resolved_precision(precision) != "fp32"
 
 
 def use_compiler(train: TrainSection) -> bool:

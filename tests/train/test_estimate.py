@@ -10,10 +10,12 @@ import fathom.train.estimate as estimate
 import fathom.train.rl_estimate as rl_estimate
 from fathom.config import PretrainRecipe, preset
 from fathom.config.hf import to_hf
+from fathom.config.recipe import TrainSection
 from fathom.config.rl import RLRecipe
 from fathom.data import train_bpe
 from fathom.engine.engine import Engine
 from fathom.errors import UserError
+from fathom.model.accounting import activation_bytes
 from fathom.model.transformer import Transformer
 from fathom.train.estimate import dry_run, estimate_memory, run_tokens
 from fathom.train.machine import GemmSpeed, measure_gemm_peak, use_bf16, use_compiler
@@ -21,6 +23,19 @@ from fathom.train.optimizers import build_optimizer
 from fathom.train.schedule import micro_batches_at
 from tests.model.configs import LLAMA
 from tests.train.tiny import MODEL
+
+
+def test_activations_are_those_that_layers_keep(recipe: PretrainRecipe) -> None:
+    """Where layers decide it themselves the estimate is the accounting's, MTP module included; recomputing takes less."""
+    batch = {"tokens": 32, "sequences": 2}
+    found = []
+    for fields in ({"precision": "fp8"}, {"precision": "fp8", "recompute": True}):
+        train = recipe.train.model_dump() | fields
+        said = estimate_memory(recipe.replace(train=train)).activations
+        how = {"precision": "fp8", "recompute": "recompute" in fields}
+        assert said == sum(activation_bytes(recipe.model, i, **batch, **how) for i in range(4))
+        found.append(said)
+    assert found[1] < 0.7 * found[0]
 
 
 @pytest.mark.parametrize("optimizer", [{"name": "adamw"}, {"name": "muon", "state_dtype": "bfloat16"}])
@@ -90,11 +105,12 @@ def test_peak_is_a_rate() -> None:
 
 def test_precision_and_compile_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Explicit settings are taken as they are; `on` without a compiler is refused."""
-    assert (use_bf16("bf16"), use_bf16("fp32"), use_compiler("off")) == (True, False, False)
+    assert (use_bf16("bf16"), use_bf16("fp32"), use_bf16("fp8")) == (True, False, True)
+    assert use_compiler(TrainSection(compile="off")) is False
     monkeypatch.setattr("fathom.train.machine.has_compiler", lambda: False)
-    assert use_compiler("auto") is False
+    assert use_compiler(TrainSection()) is False
     with pytest.raises(UserError, match="no compiler here"):
-        use_compiler("on")
+        use_compiler(TrainSection(compile="on"))
 
 
 # ---------------------------------------------------------------------------------------------- reinforcement learning
