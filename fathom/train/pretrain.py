@@ -323,6 +323,8 @@ def _announce(training: Training, recipe: PretrainRecipe, run: RunFolder, say: C
         f"model: {recipe.model.model_type}, {count(parameters.total)} parameters, {count(parameters.active)} active "
         "per token"
     )
+    if training.fp8 is not None and device().type == "cpu":
+        say("linear layers multiply in FP8, which a CPU emulates: it takes less memory, and more time than bf16")
     if step := training.progress.step:
         say(f"resuming from step {step} of {recipe.train.steps}")
 

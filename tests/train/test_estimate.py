@@ -26,7 +26,7 @@ from tests.train.tiny import MODEL
 
 
 def test_activations_are_those_that_layers_keep(recipe: PretrainRecipe) -> None:
-    """Where layers decide it themselves the estimate is the accounting's, MTP module included; recomputing takes less."""
+    """Where layers decide it themselves the estimate is the accounting's, MTP module included."""
     batch = {"tokens": 32, "sequences": 2}
     found = []
     for fields in ({"precision": "fp8"}, {"precision": "fp8", "recompute": True}):

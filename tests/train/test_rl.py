@@ -122,6 +122,7 @@ VARIANTS = {
     },
     "dynamic sampling, curriculum": {"rollout": {"resample": 2}, "task": {"start": 1, "raise_at": 0.3}},
     "muon": {"optimizer": {"name": "muon"}},
+    "FP8": {"train": {"precision": "fp8"}},
 }
 
 

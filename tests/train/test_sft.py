@@ -152,12 +152,16 @@ def test_every_answer_once_an_epoch() -> None:
     assert [len(batch_at(turns, step, 8, seed=1, of=13)) for step in range(2)] == [8, 5]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": {"name": "adamw"}}, {"optimizer": {"name": "muon"}}, {"train": {"precision": "fp8"}}],
+    ids=["adamw", "muon", "FP8"],
+)
 def test_a_resumed_run_is_the_unbroken_one(
-    recipe: SFTRecipe, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: SFTRecipe, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps, a stop and the rest give the bytes and metrics of all in one."""
-    recipe = changed(recipe, optimizer={"name": name})
+    recipe = changed(recipe, **changes)
     unbroken, _ = run(recipe, tmp_path / "one")
     original = module.update
 

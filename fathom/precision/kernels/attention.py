@@ -57,7 +57,7 @@ def latent_kernel(
             latent = tl.load(places + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
             scores += multiply(q_latent, tl.trans(latent))
         else:
-            for chunk in tl.static_range(WIDE // CHUNK):
+            for chunk in range(WIDE // CHUNK):  # not unrolled: queries would all be kept in registers
                 d = chunk * CHUNK + tl.arange(0, CHUNK)
                 q_part = tl.load(rows + d[None, :], mask=(h < heads)[:, None] & (d < C)[None, :], other=0.0)
                 part_of = tl.load(places + d[None, :], mask=inside[:, None] & (d < C)[None, :], other=0.0)
@@ -133,12 +133,11 @@ def blocks(wide: int, family: Family) -> dict[str, int]:
     """Heads and positions of a program's block, and how much of a latent of width `wide` is scored at a time.
 
     Hopper's matrix units read the latents from shared memory and have registers for the queries all along. Where both
-    come from registers, queries are read again from the cache, a piece at a time, and a warp of 32 lanes has room for
-    fewer positions.
+    come from registers, queries are read again from the cache, a piece at a time.
     """
     if family.reads_shared:
         return {"BLOCK_H": 16, "BLOCK_S": 64, "CHUNK": wide}
-    return {"BLOCK_H": 16, "BLOCK_S": 32 if family.lanes == 64 else 16, "CHUNK": min(wide, 64)}
+    return {"BLOCK_H": 16, "BLOCK_S": 32, "CHUNK": min(wide, 64)}
 
 
 def options(family: Family) -> dict[str, int]:

@@ -38,13 +38,12 @@ def test_compiles_within_its_budget(kernel: str) -> None:
         budget = BUDGET[kernel][target]
         assert 0 < found["registers"] <= SLACK * budget["registers"], (target, found)
         assert found["shared"] <= min(SLACK * budget["shared"] + 64, SHARED_LIMIT[target]), (target, found)
-        assert found["spills"] <= SLACK * budget["spills"], (target, found)
+        assert found["spills"] <= budget["spills"], (target, found)
 
 
-def test_spills_are_where_they_are_said_to_be() -> None:
-    """Only latent decoding at V3's width on RDNA 3, whose matrix units read both factors from registers, twice over."""
-    spilling = {(kernel, target) for kernel, usage in BUDGET.items() for target in usage if usage[target]["spills"]}
-    assert spilling <= {("latent_decode", "hip:gfx1100")}
+def test_nothing_spills() -> None:
+    """No kernel keeps registers in memory on any target."""
+    assert not [(kernel, t) for kernel, usage in BUDGET.items() for t in usage if usage[t]["spills"]]
 
 
 def test_interpreting_is_not_compiling() -> None:
