@@ -77,7 +77,8 @@ def run_transformers(folder: str, prompts: Tokens, new_tokens: int) -> tuple[str
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Of an FP8 folder it makes only what was FP8 float32, and leaves the rest in bfloat16.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
     outputs = []
     with torch.inference_mode():
         for prompt in prompts:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import fathom
 from fathom.errors import INTERRUPTED, UserError, nearest
 from fathom.evaluate.command import add_evaluation, run_evaluation
-from fathom.options import add_model, open_for_text, open_model, positive, say_opening
+from fathom.options import DTYPES, add_model, open_for_text, open_model, positive, say_opening
 from fathom.recipe_verbs import add_recipe_verbs, recipe_kind
 from fathom.serve.command import add_service, serve
 from fathom.tasks.command import add_tasks
@@ -253,7 +253,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     run.add_argument("--figure", metavar="NAME", help="which one that is (the main one); a wrong name lists all")
 
     run = verb("export", _export, "write a model as a folder for other programs")
-    add_model(run, default_dtype="the dtype they are stored in")
+    add_model(run, default_dtype="the dtype they are stored in", dtypes=(*DTYPES, "fp8"))
     run.add_argument("out", type=Path, help="folder to write")
     run.add_argument("--without-mtp", action="store_true", help="leave the multi-token-prediction modules out")
     for added in verbs.choices.values():
@@ -392,8 +392,11 @@ def _export(options: argparse.Namespace) -> int:
     from fathom.train.run import model_folder
 
     folder = model_folder(options.model)
-    dtype = options.dtype or _stored_dtype(folder)
-    model, tokenizer = fathom.load(folder, dtype=dtype)
+    stored = _stored_dtype(folder)
+    dtype = options.dtype or stored
+    # Blocks are made of all that is stored; those of an FP8 folder come back bit for bit only through float32.
+    blocks_of = "bfloat16" if stored == "bfloat16" else "float32"
+    model, tokenizer = fathom.load(folder, dtype=blocks_of if dtype == "fp8" else dtype)
     if options.without_mtp:
         model = model.without_mtp()
     save_model(model, options.out, tokenizer=tokenizer, dtype=dtype)
@@ -402,13 +405,15 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _stored_dtype(source: Path) -> str:
-    """What holds the stored weights without loss: float32, unless the embedding is bfloat16 (FP8 folders' is too)."""
+    """What holds the stored weights without loss: fp8 where any is, else float32, unless the embedding is bfloat16."""
     from fathom.model.naming import EMBEDDING
     from fathom.model.shards import open_shards
 
     if source.suffix == ".gguf":
         return "float32"
     with open_shards(source) as shards:
+        if any(shards.dtype(name) == "F8_E4M3" for name in shards):
+            return "fp8"
         return "bfloat16" if EMBEDDING in shards and shards.dtype(EMBEDDING) == "BF16" else "float32"
 
 

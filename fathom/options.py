@@ -8,6 +8,9 @@ from collections.abc import Callable
 import fathom
 from fathom.errors import UserError
 
+DTYPES = ("float32", "bfloat16")
+"""What a model can be opened in."""
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
@@ -51,10 +54,12 @@ def gigabytes(text: str) -> float:
     return value
 
 
-def add_model(parser: argparse.ArgumentParser, *, default_dtype: str = "the machine's best") -> None:
+def add_model(
+    parser: argparse.ArgumentParser, *, default_dtype: str = "the machine's best", dtypes: tuple[str, ...] = DTYPES
+) -> None:
     """The model, and the dtype to open it in."""
     parser.add_argument("model", help="a model folder, a run or pipeline, a .gguf file, or a hub name")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"dtype of the weights ({default_dtype})")
+    parser.add_argument("--dtype", choices=dtypes, help=f"dtype of the weights ({default_dtype})")
 
 
 def say_opening(options: argparse.Namespace, *, tell: bool) -> None:

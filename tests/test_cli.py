@@ -128,6 +128,24 @@ def test_export_keeps_the_dtype_unless_told(stored: str, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "same" / "config.json").read_text())["torch_dtype"] == stored
 
 
+def test_export_in_fp8_stays_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--dtype fp8 writes blocks of the stored weights; exported again they stay, with --dtype bfloat16 they go."""
+    save_model(build(V3), tmp_path / "model")
+    for source, target, dtype, told in (
+        ("model", "fp8", ["--dtype", "fp8"], "fp8"),
+        ("fp8", "copy", [], "fp8"),
+        ("fp8", "plain", ["--dtype", "bfloat16"], "bfloat16"),
+    ):
+        code, out, _ = _run(capsys, "export", str(tmp_path / source), str(tmp_path / target), *dtype)
+        assert (code, out) == (0, f"wrote {tmp_path / target} ({told})\n")
+    save_model(build(V3), tmp_path / "direct", dtype="fp8")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "direct").iterdir()}
+    for exported in ("fp8", "copy"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / exported).iterdir()} == files
+    assert "quantization_config" in json.loads(files["config.json"])
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
 def test_mistyped_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A path whose last part is nearly that of a folder there is answered with its name, without asking a hub."""
     save_model(build(V3), tmp_path / "quickstart")

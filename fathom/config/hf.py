@@ -29,6 +29,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 128},
 }
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""`quantization_config` of a folder in DeepSeek's FP8 format: the one quantisation that is read or written."""
 _ROPE_KEYS = set(ModelConfig.model_fields["rope_scaling"].annotation.__args__[0].model_fields)
 
 
@@ -70,7 +72,10 @@ def from_hf(values: dict[str, Any], *, where: str) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
-    """The dictionary to write as `config.json`, in V3's original keys and order of meaning."""
+    """The dictionary to write as `config.json`, in V3's original keys and order of meaning.
+
+    `dtype` is `float32`, `bfloat16`, or `fp8` for projections in FP8 blocks and bfloat16 around them.
+    """
     values = config.model_dump(exclude={"rope_scaling"})
     deepseek = config.model_type in DEEPSEEK_TYPES
     if deepseek:
@@ -95,7 +100,8 @@ def to_hf(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "pretraining_tp": 1,
         "use_cache": True,
-        "torch_dtype": dtype,
+        "torch_dtype": "bfloat16" if dtype == "fp8" else dtype,
+        **({"quantization_config": FP8_BLOCKS} if dtype == "fp8" else {}),
     }
 
 
@@ -153,6 +159,11 @@ def _refuse_what_would_be_ignored(values: dict[str, Any], where: str) -> None:
     sliding = values.get("use_sliding_window") or "sliding_attention" in kinds
     if sliding and values.get("model_type") in ("qwen2", "qwen3"):
         raise UserError(f"{where}: sliding-window attention is not supported; set use_sliding_window to false")
-    method = _object(values, "quantization_config", where).get("quant_method", "fp8")
+    quantization = _object(values, "quantization_config", where)
+    method = quantization.get("quant_method", "fp8")
     if method != "fp8":
         raise UserError(f"{where}: quant_method {method!r} is not supported; supported: fp8 blocks, or none")
+    for key, supported in FP8_BLOCKS.items():
+        found = quantization.get(key, supported)
+        if found != supported:
+            raise UserError(f"{where}: quantization_config: {key} {found!r} is not supported; supported: {supported!r}")

@@ -3,7 +3,8 @@
 A folder holds `config.json`, `*.safetensors` with the published names, `generation_config.json` and, where there
 is a tokenizer, its files. Loading compares every name and shape with what the config calls for *before* the first
 value is read, so a wrong folder fails at once and by name. Each parameter is then allocated once, in its final
-dtype and place, and filled; block-quantised FP8 weights are dequantised on the way.
+dtype and place, and filled; block-quantised FP8 weights are dequantised on the way. Saving quantises them, one at a
+time: projections, experts' included, become FP8 beside their scales, as DeepSeek publishes them.
 
 Not covered: other quantisations (refused), sliding-window attention (refused), adapters.
 """
@@ -27,11 +28,13 @@ from fathom.errors import UserError, nearest
 from fathom.model.naming import EMBEDDING, HEAD, Published, mtp_prefix, published, scale_name
 from fathom.model.shards import Shards, open_shards, write_shards
 from fathom.model.transformer import Transformer
-from fathom.precision import dequantize_blocks, scale_shape
+from fathom.precision import BLOCK, dequantize_blocks, quantize_blocks, scale_shape
 from fathom.scratch import neighbour, sweep, sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights can be held and written in."""
+FP8 = "fp8"
+"""What they can also be written in: projections in FP8 blocks, all else in bfloat16."""
 
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _FP8 = "F8_E4M3"
@@ -71,7 +74,7 @@ def load_model(
                 "loading without them",
                 stacklevel=2,
             )
-        model = assemble(config, lambda t: _values(shards, t, target), dtype=target, device=device)
+        model = assemble(config, lambda t: _values(shards, t, target, source), dtype=target, device=device)
         _compare_duplicates(model, duplicates, shards, source)
     return model
 
@@ -86,8 +89,8 @@ def save_model(
 ) -> None:
     """Write a model folder that appears whole or not at all. An existing folder with content is refused.
 
-    `dtype` (`float32` or `bfloat16`) is what weights are rounded to; the router's bias stays float32.
-    Raises `UserError`, also when the disk is full.
+    `dtype` (`float32`, `bfloat16` or `fp8`) is what weights are rounded to; the router's bias stays float32. Raises
+    `UserError`: when the disk is full, and in FP8 for a projection with a number that is not finite.
     """
     with new_folder(Path(folder)) as scratch:
         write_model(
@@ -98,6 +101,8 @@ def save_model(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
         )
+    if dtype == FP8:
+        _say_what_others_misread(model.config, folder)
 
 
 def write_model(
@@ -116,17 +121,28 @@ def write_model(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config)
         config = _with_token_ids(config, tokenizer)
-    target = torch_dtype(dtype)
-    records = {tensor.name: tensor for tensor in published(config)}
+    fp8 = dtype == FP8
+    target = torch.bfloat16 if fp8 else torch_dtype(dtype)
+    stored = {"float32": torch.float32, "plain": target, "projection": torch.float8_e4m3fn if fp8 else target}
+    records = {tensor.name: tensor for tensor in published(config, fp8=fp8)}
+    scales: dict[str, Tensor] = {}
 
     def value(name: str) -> Tensor:
-        ours = records[name].ours
-        assert ours is not None
-        return state[ours][records[name].part]
+        tensor = records[name]
+        if tensor.ours is None:
+            return scales.pop(name)  # its projection has just been written
+        part = state[tensor.ours][tensor.part]
+        if not fp8 or tensor.kind != "projection":
+            return part
+        codes, scales[scale_name(name)] = quantize_blocks(part)
+        if not scales[scale_name(name)].isfinite().all():
+            raise UserError(
+                f"{name}: holds NaN or an infinite number, for which FP8 blocks have no scale: all numbers around it "
+                "would be lost; repair the weights, or save in bfloat16"
+            )
+        return codes
 
-    shapes = {
-        name: (tensor.shape, torch.float32 if tensor.kind == "float32" else target) for name, tensor in records.items()
-    }
+    shapes = {name: (tensor.shape, stored[tensor.kind]) for name, tensor in records.items()}
     # mlx-lm reads model*.safetensors and stops at tensors it does not know; other programs follow the index.
     modules = tuple(mtp_prefix(config, k) for k in range(config.num_nextn_predict_layers))
 
@@ -280,9 +296,9 @@ def _check_tensors(config: ModelConfig, shards: Shards, folder: Path) -> list[Pu
         expected[HEAD] = Published(HEAD, table, "plain", EMBEDDING, duplicate=True)
     _refuse(folder, "missing", [n for n, t in expected.items() if n not in shards and not t.duplicate])
     present = [tensor for tensor in expected.values() if tensor.name in shards]
-    scaled = {scale_name(t.name) for t in present if shards.dtype(t.name) == _FP8}
+    scales = {scale_name(t.name) for t in present}
     # Old Llama files carry their rotary frequencies; they follow from the config.
-    known = expected.keys() | scaled
+    known = expected.keys() | scales
     _refuse(folder, "unknown", [n for n in shards if n not in known and not n.endswith("rotary_emb.inv_freq")])
     for tensor in present:
         _check_tensor(tensor, shards, folder)
@@ -295,17 +311,23 @@ def _check_tensor(tensor: Published, shards: Shards, folder: Path) -> None:
         raise UserError(
             f"{folder}: tensor {tensor.name} has shape {list(found)}, config.json calls for {list(tensor.shape)}"
         )
-    if stored in _PLAIN:
-        return
-    if stored != _FP8 or len(found) != 2:
-        raise UserError(f"{folder}: tensor {tensor.name} is stored as {stored}, which is not supported")
     scales = scale_name(tensor.name)
+    if stored in _PLAIN:
+        if scales in shards:
+            raise UserError(f"{folder}: tensor {scales} has scales, but {tensor.name} is not FP8: it is {stored}")
+        return
+    if stored != _FP8:
+        raise UserError(f"{folder}: tensor {tensor.name} is stored as {stored}, which is not supported")
+    if len(found) != 2:
+        raise UserError(f"{folder}: tensor {tensor.name} is FP8, which only matrices can be; it is {list(found)}")
     if scales not in shards:
         raise UserError(f"{folder}: tensor {tensor.name} is FP8 but its scales {scales} are missing")
-    if shards.shape(scales) != scale_shape(found) or shards.dtype(scales) not in _SCALES:
+    shape, expected = shards.shape(scales), scale_shape(found)
+    if shape != expected or shards.dtype(scales) not in _SCALES:
+        transposed = "; they lie transposed" if shape == expected[::-1] != expected else ""
         raise UserError(
-            f"{folder}: tensor {scales} is {shards.dtype(scales)} {list(shards.shape(scales))}; blocks of 128×128 "
-            f"call for float32 {list(scale_shape(found))}"
+            f"{folder}: tensor {scales} is {shards.dtype(scales)} {list(shape)}; blocks of 128×128 "
+            f"call for float32 {list(expected)}{transposed}"
         )
 
 
@@ -317,11 +339,21 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
         raise UserError(f"{folder}: {tensors} {what} for this config.json: {first}")
 
 
-def _values(shards: Shards, tensor: Published, dtype: torch.dtype) -> Tensor:
+def _values(shards: Shards, tensor: Published, dtype: torch.dtype, folder: Path) -> Tensor:
     raw = shards.read(tensor.name)
     if raw.dtype != torch.float8_e4m3fn:
         return raw
-    return dequantize_blocks(raw, shards.read(scale_name(tensor.name)), dtype=dtype)
+    scale = shards.read(scale_name(tensor.name)).float()
+    for row, column in (~((scale > 0) & scale.isfinite())).nonzero().tolist():
+        found = float(scale[row, column])
+        block = raw[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
+        # Some programs give a block of zeros the scale 0, which changes none of its numbers.
+        if found != 0 or block.float().any():
+            raise UserError(
+                f"{folder}: tensor {scale_name(tensor.name)} has the scale {found} at [{row}, {column}], which must be "
+                "finite and above 0; fetch or export it again"
+            )
+    return dequantize_blocks(raw, scale, dtype=dtype)
 
 
 def _compare_duplicates(model: Transformer, duplicates: list[Published], shards: Shards, folder: Path) -> None:
@@ -330,8 +362,20 @@ def _compare_duplicates(model: Transformer, duplicates: list[Published], shards:
     for tensor in duplicates:
         assert tensor.ours is not None
         kept = state[tensor.ours]
-        if not torch.equal(_values(shards, tensor, kept.dtype).to(kept), kept):
+        if not torch.equal(_values(shards, tensor, kept.dtype, folder).to(kept), kept):
             warnings.warn(f"{folder}: {tensor.name} differs from {tensor.ours}, which is used instead", stacklevel=3)
+
+
+def _say_what_others_misread(config: ModelConfig, folder: str | Path) -> None:
+    """One warning with the number of projections whose last blocks are ragged."""
+    shapes = [tensor.shape for tensor in published(config) if tensor.kind == "projection"]
+    ragged = sum(any(side > BLOCK and side % BLOCK for side in shape) for shape in shapes)
+    if ragged:
+        warnings.warn(
+            f"{folder}: {ragged} of {len(shapes)} projections have a side over {BLOCK} that is no multiple of {BLOCK}; "
+            "Fathom reads them, other programs may not, or wrongly (docs/guides/other-engines.md)",
+            stacklevel=3,
+        )
 
 
 def _with_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

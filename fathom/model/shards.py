@@ -10,7 +10,7 @@ file at once, copied; here the memory needed is that of one tensor, however larg
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fathom.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class Shards:
@@ -126,8 +126,8 @@ def write_shards(
 ) -> None:
     """Write `model.safetensors`, or numbered shards of at most `max_shard_bytes` and their index.
 
-    `shapes` gives name -> (shape, dtype) in the order of writing; `value(name)` is asked once per tensor, at the
-    moment its bytes are due. A single tensor larger than the limit has a shard of its own. `stem_of(name)` says what
+    `shapes` gives name -> (shape, dtype); in its order `value(name)` is asked, once per tensor, at the moment its bytes
+    are due. A single tensor larger than the limit has a shard of its own. `stem_of(name)` says what
     a tensor's file is called; tensors of another stem than "model" lie in files of their own, in the same index.
     """
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in shapes.items()}
@@ -162,18 +162,18 @@ def _groups(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
 
 def _write_file(
     file: Path,
-    names: Iterable[str],
+    names: Sequence[str],
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     sizes: Mapping[str, int],
     value: Callable[[str], Tensor],
 ) -> None:
     # Wider numbers first, as the library does: every tensor then starts at a multiple of its own item size.
-    ordered = sorted(names, key=lambda name: -shapes[name][1].itemsize)
+    ordered, starts = sorted(names, key=lambda name: -shapes[name][1].itemsize), {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in ordered:
         shape, dtype = shapes[name]
-        end = offset + sizes[name]
+        starts[name], end = offset, offset + sizes[name]
         header[name] = {
             "dtype": _STORED_DTYPES[dtype],
             "shape": list(shape),
@@ -185,8 +185,10 @@ def _write_file(
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
-        for name in ordered:
+        begin = stream.tell()
+        for name in names:
             shape, dtype = shapes[name]
+            stream.seek(begin + starts[name])
             tensor = value(name).detach().to(device="cpu", dtype=dtype).contiguous()
             assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} != {shape}"
             stream.write(tensor.view(torch.uint8).numpy())

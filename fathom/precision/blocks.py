@@ -4,16 +4,25 @@ A weight [out, in] is stored as float8_e4m3fn beside `weight_scale_inv` [⌈out/
 The name says "inverse" because it undoes the quantiser's scaling: a value is the stored number *times* the
 scale of its block. Where a side is no multiple of 128 the last block is ragged; its scale is that of the
 block filled up with zeros, which is the largest magnitude of what is really there.
+
+Quantising what was dequantised must give the same numbers again, or every copy of a copy would lose a little:
+
+- A scale is the block's largest magnitude / 448, rounded to float32, never below 2⁻¹²⁶. The largest number that is then
+  read, 448 times the scale, gives that very scale again: through float32, what was written here comes back bit for bit.
+- DeepSeek's later models have scales that are powers of two (`scale_fmt` "ue8m0") and largest codes from 224 to 448. A
+  block whose numbers are all e4m3 codes times such a power keeps its numbers.
+- Scales of other makers: where the largest code is 448 too, codes come back and scales to float32's last bit; where it
+  is smaller, numbers are rounded to e4m3 a second time.
+- Through bfloat16, codes come back and scales within 2⁻⁸, bit for bit from then on. Powers of two are exact.
 """
 
 import torch
 from torch import Tensor
 
+from fathom.precision.tiles import quantise_blocks
+
 BLOCK = 128
 """Rows and columns that share one scale."""
-
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-"""Largest finite e4m3 number: 448."""
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -31,7 +40,7 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, *, dtype: torch.dtype = tor
     if tuple(scale.shape) != expected:
         raise ValueError(f"a weight of {list(weight.shape)} needs scales of {list(expected)}, got {list(scale.shape)}")
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    columns = scale.float().repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
+    columns = _spread(scale.float(), weight.shape[1])
     # One strip of blocks at a time: the float32 product of a large matrix never exists as a whole.
     for strip in range(scale.shape[0]):
         rows = slice(strip * BLOCK, (strip + 1) * BLOCK)
@@ -42,15 +51,28 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, *, dtype: torch.dtype = tor
 def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` [out, in] as (float8_e4m3fn of the same shape, float32 scales): inverse of `dequantize_blocks`.
 
-    The definition of what an FP8 folder holds, and of the engine's fp8 weights; saving writes float32 and bfloat16.
-    The largest magnitude of a block becomes 448, the largest e4m3 number; a block of zeros has scale 1.
+    The definition of what an FP8 folder holds, and of the engine's fp8 weights. The largest magnitude of a block
+    becomes 448, the largest e4m3 number, unless the block already is e4m3 codes times a power of two; a block of zeros
+    has scale 1. A block that holds NaN or an infinite number has scale NaN and codes of NaN.
     """
-    rows, columns = weight.shape
-    block_rows, block_columns = scale_shape((rows, columns))
-    padded = weight.new_zeros((block_rows * BLOCK, block_columns * BLOCK), dtype=torch.float32)
-    padded[:rows, :columns] = weight
-    blocks = padded.view(block_rows, BLOCK, block_columns, BLOCK)
-    largest = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
-    scaled = blocks / scale[:, None, :, None]
-    return scaled.reshape(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+    for strip in range(scale.shape[0]):
+        rows = slice(strip * BLOCK, (strip + 1) * BLOCK)
+        codes[rows], scale[strip] = _quantise_strip(weight[rows].float())
+    return codes, scale
+
+
+def _quantise_strip(values: Tensor) -> tuple[Tensor, Tensor]:
+    """One row of blocks [≤ 128, in] float32 as codes of the same shape and scales [⌈in/128⌉]."""
+    codes, (scale,) = quantise_blocks(values)
+    power_codes, (power,) = quantise_blocks(values, power_of_two=True)
+    lost = (power_codes.float() * _spread(power, values.shape[1]) != values).any(dim=0)
+    exact = ~torch.nn.functional.pad(lost, (0, -lost.numel() % BLOCK)).view(-1, BLOCK).any(dim=1)
+    kept = torch.where(_spread(exact, values.shape[1]), power_codes.view(torch.uint8), codes.view(torch.uint8))
+    return kept.view(torch.float8_e4m3fn), torch.where(exact, power, scale)
+
+
+def _spread(of_blocks: Tensor, width: int) -> Tensor:
+    """[…, ⌈width/128⌉] -> […, width], each repeated for the columns of its block."""
+    return of_blocks.repeat_interleave(BLOCK, dim=-1)[..., :width]

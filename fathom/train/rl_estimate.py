@@ -180,7 +180,8 @@ def cache_bytes(config: ModelConfig, settings: EngineSettings, dtype: torch.dtyp
     """What an engine with these settings reserves for keys, values and routes; touched only as far as it is needed."""
     drafts = int(settings.speculate and config.num_nextn_predict_layers > 0)
     with torch.device("meta"):
-        page = PagedCache(config, pages=1, dtype=dtype, mtp_layers=drafts, routes=settings.record_routes).nbytes()
+        kept = {"routes": settings.record_routes, "fp8": settings.kv_cache == "fp8"}
+        page = PagedCache(config, pages=1, dtype=dtype, mtp_layers=drafts, **kept).nbytes()
     most = settings.max_running * -(-config.max_position_embeddings // PAGE)
     return page * min(settings.cache_memory // page, most)
 

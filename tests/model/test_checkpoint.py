@@ -310,7 +310,7 @@ def test_fp8_without_or_with_wrong_scales_is_refused_by_name(fp8_folder):
     save_file({**whole, scale_name(weight): torch.ones(1, 1)}, folder / "model.safetensors")
     assert f"tensor {scale_name(weight)} is F32 [1, 1]" in refused(folder)
     save_file({**whole, weight: whole[weight].float()}, folder / "model.safetensors")
-    assert f"1 tensor is unknown for this config.json: {scale_name(weight)}" in refused(folder)
+    assert f"tensor {scale_name(weight)} has scales, but {weight} is not FP8: it is F32" in refused(folder)
 
 
 # Bad input -----------------------------------------------------------------------------------------------------

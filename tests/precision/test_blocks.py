@@ -72,3 +72,43 @@ def test_misshapen_scales_are_refused():
     """Scales for another block size raise instead of being broadcast."""
     with pytest.raises(ValueError, match=r"needs scales of \[2, 1\], got \[1, 1\]"):
         dequantize_blocks(torch.zeros(129, 4).to(torch.float8_e4m3fn), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantising_what_was_dequantised_gives_the_same_bits(size, dtype):
+    """Codes and scales come back through float32, whatever the weight was, down to scales that are clamped."""
+    weight = (torch.randn(520, 390, generator=torch.Generator().manual_seed(5)) * size).to(dtype)
+    stored, scale = quantize_blocks(weight)
+    again, its_scale = quantize_blocks(dequantize_blocks(stored, scale))
+    assert torch.equal(again.view(torch.uint8), stored.view(torch.uint8))
+    assert torch.equal(its_scale, scale)
+
+
+def test_numbers_too_small_for_a_scale_become_zeros():
+    """A block below what a normal float32 scale reaches is zeros, not NaN."""
+    assert torch.equal(dequantize_blocks(*quantize_blocks(torch.full((3, 3), 1e-44))), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_poisons_its_block_and_no_other(number):
+    """Scale and codes of the block are NaN, so that nobody reads it unwarned; its neighbours are untouched."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(6))
+    plain, plain_scale = quantize_blocks(weight)
+    weight[200, 3] = number
+    stored, scale = quantize_blocks(weight)
+    assert scale.isnan().tolist() == [[False, False], [True, False]]
+    assert stored[128:, :128].float().isnan().all()
+    assert torch.equal(stored[:128].float(), plain[:128].float())
+    assert torch.equal(stored[128:, 128:].float(), plain[128:, 128:].float())
+    assert torch.equal(scale[0], plain_scale[0])
+
+
+def test_a_block_of_codes_times_a_power_of_two_is_kept_beside_one_that_is_not():
+    """Numbers under scales that are powers of two come back unrounded; the block beside them uses all of e4m3."""
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(7))
+    weight[:, :128] = (weight[:, :128] * 60).to(torch.float8_e4m3fn).float() * 2.0**-9
+    stored, scale = quantize_blocks(weight)
+    assert torch.equal(dequantize_blocks(stored, scale)[:, :128], weight[:, :128])
+    assert (torch.frexp(scale).mantissa == 0.5).tolist() == [[True, False]]
+    assert stored[:, 128:].float().abs().max() == 448
