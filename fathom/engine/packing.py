@@ -24,7 +24,11 @@ from fathom.model.transformer import Transformer
 
 Weights = Literal["as loaded", "int8", "fp8"]
 """What products read: the model's own numbers, int8 in blocks of 64 (activations are then rounded alike), or float8 in
-DeepSeek's blocks of 128 × 128 (activations stay bfloat16)."""
+DeepSeek's blocks of 128 × 128 (activations stay bfloat16, and so do the matrices that its format leaves alone)."""
+
+
+NOT_IN_BLOCKS = ("lm_head", "eh_proj")
+"""Linear maps that FP8 checkpoints keep in bfloat16. Rounded, the head alone costs most of what all others cost."""
 
 
 class PackedLinear(nn.Module):
@@ -146,7 +150,9 @@ def packed(model: Transformer, weights: Weights = "as loaded") -> Transformer:
 
 def _say_what_stays(model: nn.Module, rounding: Rounding) -> None:
     """One warning with the number of matrices that stay as they were loaded because of their width."""
-    found = [dtype for module in model.modules() for dtype in _dtypes_of_matrices(module)]
+    named = model.named_modules()
+    left_alone = NOT_IN_BLOCKS if rounding == "fp8" else ()
+    found = [dtype for name, module in named if not name.endswith(left_alone) for dtype in _dtypes_of_matrices(module)]
     stay = sum(dtype is not DTYPES[rounding] for dtype in found)
     if stay:
         width = "no multiple of 64" if rounding == "int8" else "odd"
@@ -183,7 +189,7 @@ class _Packer:
         if faster is not None:
             return faster
         clone = self._copied(module)
-        clone._modules = {name: None if child is None else self.clone(child) for name, child in module._modules.items()}
+        clone._modules = {name: self._child(name, child) for name, child in module._modules.items()}
         if not self.has_kernels:
             return clone
         if isinstance(module, MLA):
@@ -193,6 +199,13 @@ class _Packer:
         if isinstance(module, Transformer) and isinstance(clone.lm_head, PackedLinear):
             clone.lm_head.wide = True
         return clone
+
+    def _child(self, name: str, child: nn.Module | None) -> nn.Module | None:
+        if child is None:
+            return None
+        if self.rounding == "fp8" and name in NOT_IN_BLOCKS and self.has_kernels:
+            return _Packer(self.dtype, None, has_kernels=True).clone(child)
+        return self.clone(child)
 
     def _copied(self, module: nn.Module) -> nn.Module:
         """A copy of the module itself with tensors of its own and the same children."""
