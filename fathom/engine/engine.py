@@ -38,9 +38,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from pydantic import Field
 
-from fathom.config.section import Section
 from fathom.data.tokenizer import Tokenizer
 from fathom.engine.blocks import SINGLES_BELOW, BlockPool
 from fathom.engine.complete import Completion, complete, listed
@@ -48,10 +46,11 @@ from fathom.engine.consensus import consensus
 from fathom.engine.constraint import GrammarCompiler
 from fathom.engine.dense import dense_decoder
 from fathom.engine.output import OutputStream
-from fathom.engine.packing import Weights, packed
+from fathom.engine.packing import packed
 from fathom.engine.protocol import Chunk, QueueFull, Request, Sampling, Statistics, Thinking
 from fathom.engine.sampling import SamplerState
 from fathom.engine.sequence import Sequence
+from fathom.engine.settings import EngineSettings
 from fathom.engine.stepping import Counts, Stepper, Work
 from fathom.engine.thinking import find_think_tags
 from fathom.errors import UserError, nearest
@@ -61,28 +60,6 @@ from fathom.model.paged import PagedCache
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger(__name__)
-
-
-class EngineSettings(Section):
-    """What an engine may use."""
-
-    cache_memory: int = 1 << 30
-    """Bytes for remembered keys and values; requests wait when it is full."""
-    max_running: int = Field(default=256, ge=1)
-    """Sequences that are computed at once, at most."""
-    queue: int = Field(default=1024, ge=1)
-    """Requests that may wait; more are refused."""
-    prefill_tokens: int = Field(default=256, ge=1)
-    """Tokens of prompts per step: more read prompts faster, and make those who are writing wait longer."""
-    context: int | None = Field(default=None, ge=2)
-    """Longest prompt and output together; None is what the model was made for."""
-    weights: Weights = "as loaded"
-    """`int8` and `fp8` round weights to blocks of one byte each: faster where memory is the limit, slightly different
-    text. `int8` rounds activations too; `fp8` does not, and keeps the numbers of a folder that is in FP8 already."""
-    speculate: bool = True
-    """Draft with the model's multi-token-prediction module, if it has one."""
-    record_routes: bool = False
-    """Give with every output the experts that computed its tokens (`Chunk.routes`), to be replayed by a trainer."""
 
 
 class BuiltinTicket:
@@ -306,6 +283,7 @@ class Engine:
             dtype=self._dtype,
             mtp_layers=int(self._speculates),
             routes=self._settings.record_routes,
+            fp8=self._settings.kv_cache == "fp8",
         )
 
     def _answer_with(self, model: Transformer) -> None:

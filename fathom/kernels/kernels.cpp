@@ -31,6 +31,7 @@
 
 #include "causal.h"
 #include "drawing.h"
+#include "latent.h"
 #include "pointwise.h"
 #include "softmax.h"
 #include "tiles.h"
@@ -176,6 +177,18 @@ void fathom_scaled_grouped(const uint8_t* x, const float* x_scales, const int32_
 void fathom_scaled_weight_gradient(const uint8_t* dy, const float* dy_scales, const uint8_t* x, const float* x_scales,
                                    const int32_t* ends, long E, float* dw, long N, long K) {
     scaled_weight_gradient({dy, dy_scales, N, nullptr}, {x, x_scales, K, nullptr}, ends, E, dw);
+}
+
+void fathom_write_latents(const bf16* rows, long stride, uint8_t* pages, const int64_t* places, long tokens, long latent,
+                          long rope) {
+    write_latents(rows, stride, {latent, rope}, pages, places, tokens);
+}
+void fathom_read_latents(const uint8_t* pages, const int64_t* owned, long count, long latent, long rope, bf16* out) {
+    read_latents(pages, owned, count, {latent, rope}, out);
+}
+void fathom_latent_attention(const bf16* q, const uint8_t* pages, bf16* out, const int32_t* tables, const int32_t* visible,
+                             long tokens, long heads, long latent, long rope, long table_width, float scale) {
+    latent_attention(q, pages, {latent, rope}, out, tables, visible, tokens, heads, table_width, scale);
 }
 
 void fathom_causal_forward(const Heads* q, const Heads* k, const Heads* v, const Heads* o, float* log_sums,

@@ -47,6 +47,9 @@ _ARGUMENTS = {
     "untile_rows": [*[c_void_p] * 2, *[c_long] * 2, c_void_p],
     "scaled_grouped": [*[c_void_p] * 4, c_long, *[c_void_p] * 2, *[c_long] * 2, c_int, c_void_p],
     "scaled_weight_gradient": [*[c_void_p] * 5, c_long, c_void_p, *[c_long] * 2],
+    "write_latents": [c_void_p, c_long, *[c_void_p] * 2, *[c_long] * 3],
+    "read_latents": [*[c_void_p] * 2, *[c_long] * 3, c_void_p],
+    "latent_attention": [*[c_void_p] * 5, *[c_long] * 5, c_float],
     "causal_forward": [*[c_void_p] * 6, c_float],
     "causal_backward": [*[c_void_p] * 9, c_float],
 }

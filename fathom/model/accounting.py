@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fathom.config.model import ModelConfig
 from fathom.config.recipe import Precision
+from fathom.model.latents import packed_bytes
 from fathom.precision.tiles import TILE
 
 
@@ -97,6 +98,12 @@ def kv_elements_per_token(config: ModelConfig) -> int:
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
     """Bytes remembered per token (bfloat16 unless said)."""
     return kv_elements_per_token(config) * bytes_per_element
+
+
+def fp8_kv_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes remembered per token where latents are kept in FP8; MLA with latents in multiples of 128 alone."""
+    assert config.kv_lora_rank is not None, "latent attention alone"
+    return config.num_hidden_layers * packed_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
 
 
 def activation_bytes(

@@ -6,6 +6,9 @@ position is one row of width kv_lora_rank + rope, the values being its first par
 values have a pool each. Where routes are recorded, the experts that were chosen for a position lie beside its keys, and
 go wherever these go.
 
+Latents can be kept in FP8 (`fathom.model.latents`), in pools of bytes [pages, PAGE, bytes]. They are rounded when they
+are written, and whatever attends to them, the token itself included, sees what was stored.
+
 One call of the model may mix single tokens (decoding, verification of drafts) and stretches (parts of prompts): tokens
 of all sequences stand in one row, and a `PagedCall` says of each where it goes and what it sees.
 
@@ -20,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.config.model import ModelConfig
+from fathom.kernels import latents as latent_kernels
 from fathom.kernels import ops as kernels
 from fathom.kernels.ops import PAGE
 from fathom.model.attention_core import QUERY_BLOCK
 from fathom.model.cache import Slots
+from fathom.model.latents import pack_latents, packed_bytes, require_packable, unpack_latents
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,34 @@ class PagedCache:
     """The pools of all layers, MTP modules' behind the others if asked for, and routes if they are recorded."""
 
     def __init__(
-        self, config: ModelConfig, *, pages: int, dtype: torch.dtype, mtp_layers: int = 0, routes: bool = False
+        self,
+        config: ModelConfig,
+        *,
+        pages: int,
+        dtype: torch.dtype,
+        mtp_layers: int = 0,
+        routes: bool = False,
+        fp8: bool = False,
     ) -> None:
+        """`dtype` is the activations'; `fp8` keeps latents in FP8. Raises `UserError` where they cannot be."""
+        if fp8:
+            require_packable(config, dtype)
+
         def pool(heads: int, width: int) -> Tensor:
             return torch.zeros(pages, heads, PAGE, width, dtype=dtype)
 
         def pools() -> tuple[Tensor, Tensor | None]:
+            if config.kv_lora_rank is not None and fp8:
+                width = packed_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+                return torch.zeros(pages, PAGE, width, dtype=torch.uint8), None
             if config.kv_lora_rank is not None:
                 return pool(1, config.kv_lora_rank + config.qk_rope_head_dim), None
             heads, width = config.key_value_heads, config.dense_head_dim
             return pool(heads, width), pool(heads, width)
 
-        self.pages = pages
+        self.pages, self.fp8 = pages, fp8
         self.value_width = config.kv_lora_rank or config.dense_head_dim
+        self.rope_width = config.qk_rope_head_dim
         self.pools = [pools() for _ in range(config.num_hidden_layers + mtp_layers)]
         mixtures = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
         shape = (mixtures, pages, PAGE, config.num_experts_per_tok)
@@ -139,7 +159,8 @@ class PagedCall:
     @functools.cached_property
     def layers(self) -> list["PagedLayer"]:
         """One view per layer."""
-        return [PagedLayer(self, *pools) for pools in self.cache.pools]
+        kind = PackedLayer if self.cache.fp8 else PagedLayer
+        return [kind(self, *pools) for pools in self.cache.pools]
 
 
 @dataclass(frozen=True)
@@ -174,6 +195,46 @@ class PagedLayer:
         pools = [pool for pool in (self.keys, self.values) if pool is not None]
         stored = [pool[stretch.pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in pools]
         return [F.pad(rows, (0, 0, 0, stretch.missing)) for rows in stored]
+
+
+class PackedLayer(PagedLayer):
+    """One layer's pool of latents in FP8 during a call."""
+
+    @property
+    def latent(self) -> int:
+        """Width of the latents."""
+        return self.call.cache.value_width
+
+    @property
+    def rope(self) -> int:
+        """Width of the shared key."""
+        return self.call.cache.rope_width
+
+    def write(self, *rows: Tensor) -> None:
+        """Quantise and store the call's tokens: [T, 1, C + R]."""
+        new = rows[0].squeeze(1)
+        if latent_kernels.usable(self.keys):
+            latent_kernels.write_latents(new, self.keys, self.call.places, self.latent)
+        else:
+            self.keys.flatten(0, 1)[self.call.places] = pack_latents(new, self.latent)
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """As `PagedLayer.attend`, over what was stored."""
+        tables, visible = self.call.tables, self.call.visible
+        if latent_kernels.usable(self.keys) and latent_kernels.attention_fits(self.rope):
+            return latent_kernels.latent_attention(q, self.keys, tables, visible, self.latent, scale)
+        pages, tables = tables.unique(return_inverse=True)
+        stored = unpack_latents(self.keys[pages.long()], self.latent).unsqueeze(1)
+        return _attend(q, stored, stored[..., : self.latent], tables, visible, scale)
+
+    def read(self, stretch: Stretch) -> list[Tensor]:
+        """As `PagedLayer.read`, what was stored in bfloat16: [1, 1, past + length + missing, C + R]."""
+        length = stretch.past + stretch.stop - stretch.start
+        if latent_kernels.usable(self.keys):
+            stored = latent_kernels.read_latents(self.keys, stretch.pages, length, latent=self.latent, rope=self.rope)
+        else:
+            stored = unpack_latents(self.keys[stretch.pages].flatten(0, 1)[:length], self.latent)
+        return [F.pad(stored, (0, 0, 0, stretch.missing))[None, None]]
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, visible: Tensor, scale: float) -> Tensor:

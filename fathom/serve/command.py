@@ -32,6 +32,7 @@ def add_service(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-context", type=positive, help="longest prompt and answer together, in tokens (the model's)")
     add("--cache-memory", type=gigabytes, help="gigabytes for the KV cache (1.07)")
+    add("--kv-cache", choices=["fp8"], help="keep latents in FP8: about half the memory; the text changes slightly")
     add("--max-running", type=positive, help="requests computed at once (256)")
     add("--queue", type=positive, help="requests that may wait; more get a 503 (1024)")
     add("--weights", choices=["int8", "fp8"], help="round weights for speed; the text changes slightly (as loaded)")
@@ -86,6 +87,7 @@ def _service(options: argparse.Namespace, settings: "ServiceSettings") -> "FastA
     sizes = {
         "context": options.max_context,
         "cache_memory": None if options.cache_memory is None else int(options.cache_memory * 1e9),
+        "kv_cache": options.kv_cache,
         "max_running": options.max_running,
         "queue": options.queue,
         "weights": options.weights,

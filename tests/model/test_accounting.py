@@ -9,6 +9,7 @@ from fathom.model.accounting import (
     count_parameters,
     decode_flops_per_token,
     flops_per_token,
+    fp8_kv_bytes_per_token,
     kv_bytes_per_token,
     kv_elements_per_token,
 )
@@ -90,8 +91,9 @@ def test_decode_flops_equal_those_of_a_real_step(config: ModelConfig) -> None:
 
 
 def test_cache_sizes_equal_the_published_ones() -> None:
-    """KV bytes per token equal the published table (V3 70,272 in bfloat16), and V2-Lite's elements."""
+    """KV bytes per token equal the published table (V3 70,272 in bfloat16, 656 a layer in FP8), and V2's elements."""
     assert kv_bytes_per_token(preset("deepseek-v3")) == 70_272
+    assert fp8_kv_bytes_per_token(preset("deepseek-v3")) == 61 * 656
     assert kv_elements_per_token(preset("deepseek-v2")) == 34_560
     assert kv_elements_per_token(preset("deepseek-v2-lite")) == 15_552
 

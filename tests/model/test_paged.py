@@ -11,6 +11,8 @@ from fathom.engine.packing import packed
 from fathom.kernels import ops
 from fathom.kernels.ops import PAGE
 from fathom.model import accounting
+from fathom.model.attention import MLA
+from fathom.model.latents import pack_latents, unpack_latents
 from fathom.model.paged import PagedCache, PagedCall, Stretch
 from fathom.model.transformer import Transformer
 from tests.model.configs import FAMILIES, V3, build, tokens
@@ -26,6 +28,8 @@ FITTING = {
         max_position_embeddings=512,
     ),
 }  # fmt: skip
+PACKABLE = FITTING["mla"].replace(kv_lora_rank=256, qk_rope_head_dim=32)
+"""Whose latents can be kept in FP8."""
 every_family = pytest.mark.parametrize(
     "config",
     [*(c.replace(max_position_embeddings=512) for c in FAMILIES.values()), *FITTING.values()],
@@ -77,13 +81,13 @@ def _places(part: Part) -> Tensor:
     return torch.tensor([part.text.pages[i // PAGE] * PAGE + i % PAGE for i in range(part.start, part.stop)])
 
 
-def new_text(model: Transformer, ids: Tensor, pages: list[int] | None = None) -> Text:
+def new_text(model: Transformer, ids: Tensor, pages: list[int] | None = None, *, fp8: bool = False) -> Text:
     """A text with a cache of its own, whose pages held something that is no number before."""
     dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-    cache = PagedCache(model.config, pages=8, dtype=dtype, mtp_layers=model.config.num_nextn_predict_layers)
+    cache = PagedCache(model.config, pages=8, dtype=dtype, mtp_layers=model.config.num_nextn_predict_layers, fp8=fp8)
     for pool in itertools.chain(*cache.pools):
         if pool is not None:
-            pool.fill_(float("nan"))
+            pool.fill_(255 if fp8 else float("nan"))  # bytes of which codes, scales and keys are no numbers
     return Text(model, cache, ids, pages or [5, 2, 7, 1, 3])
 
 
@@ -215,6 +219,15 @@ def test_a_page_is_as_large_as_accounted_for_mla(name: str, dtype: torch.dtype) 
     _assert_accounted(preset(name), dtype)
 
 
+@pytest.mark.parametrize(("name", "row"), [("fathom-59m", 196), ("deepseek-v2-lite", 656), ("deepseek-v3", 656)])
+def test_a_page_in_fp8_is_as_large_as_accounted(name: str, row: int) -> None:
+    """A page is 64 times the accounted bytes per token: FlashMLA's 656 in every layer with a latent of 512 + 64."""
+    config = preset(name)
+    cache = PagedCache(config, pages=1, dtype=torch.bfloat16, fp8=True)
+    assert cache.nbytes() == PAGE * accounting.fp8_kv_bytes_per_token(config) == PAGE * row * config.num_hidden_layers
+    assert cache.nbytes() < 0.62 * PagedCache(config, pages=1, dtype=torch.bfloat16).nbytes()
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_a_page_is_as_large_as_accounted_for_gqa(name: str) -> None:
     """What the allocator gives for a page of keys and values is 64 times the accounted bytes per token."""
@@ -229,17 +242,17 @@ def _assert_accounted(config: ModelConfig, dtype: torch.dtype) -> None:
     assert sum(storages.values()) == cache.nbytes() == PAGE * accounting.kv_bytes_per_token(config, dtype.itemsize)
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", [*FITTING, "fp8"])
 def test_a_copied_page_is_whole(name: str) -> None:
     """After a copy the pools of all layers, those of prediction modules and the routes are equal on both pages, and no
     other page has changed."""
-    config = FITTING[name]
-    cache = PagedCache(config, pages=4, dtype=torch.float32, mtp_layers=1, routes=config.is_mla)
+    config, dtype = (PACKABLE, torch.bfloat16) if name == "fp8" else (FITTING[name], torch.float32)
+    cache = PagedCache(config, pages=4, dtype=dtype, mtp_layers=1, routes=config.is_mla, fp8=name == "fp8")
     pools = [pool for pair in cache.pools for pool in pair if pool is not None]
     pools += [] if cache.routes is None else [cache.routes.transpose(0, 1)]
     assert len(pools) == (config.num_hidden_layers + 1) * (1 if config.is_mla else 2) + config.is_mla
     for pool in pools:
-        pool.random_(1000)
+        pool.random_(200)
     before = [pool.clone() for pool in pools]
     cache.copy_page(2, 1)
     assert all(torch.equal(pool, old[[0, 2, 2, 3]]) for pool, old in zip(pools, before, strict=True))
@@ -255,6 +268,72 @@ def test_without_kernels_pages_work_too(monkeypatch: pytest.MonkeyPatch) -> None
         with torch.no_grad():
             expected = model(ids[None])[0]
         assert (same.logits(read(new_text(same, ids), 64, 80)) - expected).abs().max() <= 1e-4
+
+
+def rounding_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on plain models attend to what an FP8 cache would have kept."""
+    exact = MLA._latents
+
+    def rounded(self: MLA, compressed: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        latent, k_rope = exact(self, compressed, rope)
+        rows = torch.cat((latent, k_rope), dim=-1).squeeze(0)
+        return unpack_latents(pack_latents(rows, self.latent_width), self.latent_width)[None].split(
+            (self.latent_width, self.rope), dim=-1
+        )
+
+    monkeypatch.setattr(MLA, "_latents", rounded)
+
+
+@pytest.mark.parametrize("has_kernels", [True, False], ids=["kernels", "twin"])
+@pytest.mark.parametrize("config", [PACKABLE, PACKABLE.replace(qk_rope_head_dim=16)], ids=["fitting", "odd key"])
+def test_fp8_pages_equal_a_model_that_rounds_its_latents(
+    config: ModelConfig, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stretches and single tokens over recycled pages of bytes give the hidden states of one plain pass whose latents
+    are rounded, as near as bfloat16 pages come to a plain pass without; and not those of the latter."""
+    if not has_kernels:
+        monkeypatch.setattr(ops, "library", lambda: None)
+    model, ids = in_dtype(config, torch.bfloat16), tokens(config, 200)
+    fast = packed(model)
+    got, wide = read(new_text(fast, ids, fp8=True), 64, 100, 141), read(new_text(fast, ids), 64, 100, 141)
+    with torch.no_grad():
+        exact = model.hidden_states(ids[None])[0][0]
+        rounding_latents(monkeypatch)
+        expected = model.hidden_states(ids[None])[0][0]
+    # Of tokens, because a route that turns over changes one of them much.
+    error, noise, change = (
+        (a - b).float().norm(dim=1).median() / a.float().norm(dim=1).median()
+        for a, b in ((expected, got), (exact, wide), (exact, got))
+    )
+    assert error <= 1.5 * noise
+    assert change > 2 * noise
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_token_over_fp8_pages_does_not_depend_on_its_company_or_on_cuts() -> None:
+    """A text has the same bits alone, beside another, cut at other blocks, and with its last tokens in one call."""
+    model, ids = packed(in_dtype(PACKABLE, torch.bfloat16)), tokens(PACKABLE, 300)
+    whole = read(new_text(model, ids, fp8=True), 256, 290)
+    assert torch.equal(read(new_text(model, ids, fp8=True), 64, 192, 256, 290), whole)
+    again = new_text(model, ids, fp8=True)
+    read(Text(model, again.cache, ids[:290], again.pages), 256, 290)
+    assert torch.equal(compute([again.part(290, 300)], [])[0], whole[290:])
+    cache = PagedCache(PACKABLE, pages=16, dtype=torch.bfloat16, fp8=True)
+    text, other = Text(model, cache, ids, [5, 2, 7, 1, 3]), Text(model, cache, ids.flip(0), [9, 8, 6, 4, 0])
+    assert torch.equal(compute([], [other.part(0, 150), text.part(0, 256)])[1], whole[:256])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_and_twins_keep_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a text's first layer stores through kernels is to the bit what it stores through PyTorch."""
+    model, ids = in_dtype(PACKABLE, torch.bfloat16), tokens(PACKABLE, 90)
+    first, second = new_text(model, ids, fp8=True), new_text(model, ids, fp8=True)
+    with_kernels = read(first, 70)
+    monkeypatch.setattr(ops, "library", lambda: None)
+    without = read(second, 70)
+    assert torch.equal(first.cache.pools[0][0], second.cache.pools[0][0])
+    errors = (with_kernels - without).float().norm(dim=1) / without.float().norm(dim=1)
+    assert errors.median() <= 0.02
 
 
 def test_packing_leaves_the_model_as_it_was() -> None:

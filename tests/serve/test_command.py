@@ -51,6 +51,16 @@ def test_serve_says_what_it_opens_and_is(folder: str, served: list, capsys: pyte
     assert set(served[0].hosts) == {"localhost", "127.0.0.1", "[::1]", "a.b"}
 
 
+def test_a_cache_in_fp8_is_refused_for_a_model_without_such_latents(
+    folder: str, served: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--kv-cache reaches the engine, whose refusal is one line that says what it takes."""
+    assert main(["serve", folder, "--port", "0", "--dtype", "bfloat16", "--kv-cache", "fp8"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("fathom: kv_cache fp8 (--kv-cache) is for latents, their width a multiple of 128")
+    assert not served
+
+
 def test_folder_s_own_sampling_is_served(folder: str, served: list) -> None:
     """`generation_config.json` decides what the options leave open."""
     file = Path(folder, "generation_config.json")
@@ -109,6 +119,7 @@ def test_address_is_taken_before_the_model_is_opened(
         (["--allow-origin", "a.example"], "fathom: --allow-origin a.example: is no origin; give https://host"),
         (["--cache-memory", "900000"], "fathom: --cache-memory 900000: this machine has "),
         (["--wieghts", "int8"], "did you mean '--weights'?"),
+        (["--kv-cache", "int8"], "fathom: --kv-cache: "),
     ],
 )
 def test_wrong_option_is_one_plain_sentence(
