@@ -150,6 +150,12 @@ class TrainSection(Section):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
 
     @model_validator(mode="after")
+    def _of_fp8_alone(self) -> Self:
+        if self.fp8_gradients == "blocks" and self.precision != "fp8":
+            raise ValueError("fp8_gradients is how FP8 groups gradients; it needs precision = fp8")
+        return self
+
+    @model_validator(mode="after")
     def _compiled_or_by_hand(self) -> Self:
         if self.compile == "on" and (self.precision == "fp8" or self.recompute):
             what = "precision = fp8" if self.precision == "fp8" else "recompute"

@@ -273,11 +273,7 @@ inline void scaled_grouped(Scaled x, const int32_t* ends, long E, const uint8_t*
                            bool columns, bf16* y) {
     long outputs = columns ? K : N, inputs = columns ? N : K, count = (outputs + PANEL - 1) / PANEL;
     long depth = tiles_of(inputs), across = tiles_of(K);
-    struct Item { long e, begin, end; };
-    std::vector<Item> items;
-    for (long e = 0; e < E; e++)
-        for (long m = e ? ends[e - 1] : 0; m < ends[e]; m += ROW_CHUNK)
-            items.push_back({e, m, std::min(m + ROW_CHUNK, long(ends[e]))});
+    std::vector<Piece> items = pieces_of_groups(ends, E);
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < items.size(); i++) {
         auto [e, begin, end] = items[i];

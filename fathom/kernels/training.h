@@ -100,15 +100,22 @@ struct Source {
     const bf16* operator[](long m) const { return x + (at ? at[m] : m) * stride; }
 };
 
+// Rows of one group for which one thread packs its matrix.
+struct Piece { long e, begin, end; };
+
+inline std::vector<Piece> pieces_of_groups(const int32_t* ends, long E) {
+    std::vector<Piece> found;
+    for (long e = 0; e < E; e++)
+        for (long m = e ? ends[e - 1] : 0; m < ends[e]; m += ROW_CHUNK)
+            found.push_back({e, m, std::min(m + ROW_CHUNK, long(ends[e]))});
+    return found;
+}
+
 // y[m] = W_e x[m], or W_eᵀ x[m] if `columns`, for the rows m of each group e.
 template <typename T>
 void grouped(Source x, const int32_t* ends, long E, const T* w, long N, long K, bool columns, bf16* y) {
     long outputs = columns ? K : N, inputs = columns ? N : K, count = (outputs + PANEL - 1) / PANEL;
-    struct Item { long e, begin, end; };
-    std::vector<Item> items;
-    for (long e = 0; e < E; e++)
-        for (long m = e ? ends[e - 1] : 0; m < ends[e]; m += ROW_CHUNK)
-            items.push_back({e, m, std::min(m + ROW_CHUNK, long(ends[e]))});
+    std::vector<Piece> items = pieces_of_groups(ends, E);
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < items.size(); i++) {
         auto [e, begin, end] = items[i];

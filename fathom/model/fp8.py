@@ -25,8 +25,6 @@ from fathom.precision.fp8 import FP8
 from fathom.precision.tiles import Tiles
 
 BEHIND_ATTENTION = "o_proj"
-PLAIN = ("lm_head", "eh_proj")
-"""Linear layers that stay as they are."""
 
 
 class FP8Linear(Linear):
@@ -133,10 +131,13 @@ class _RoutedExperts(torch.autograd.Function):
         hidden_MI, dgate_up_M2I, dweight_M = swiglu_backward(gate_up_M2I, weight_M, dhidden_MI)
         dgate_up_M2I = fp8.gradient(dgate_up_M2I)
         dx_Md = fp8.product(fp8.rows(dgate_up_M2I), None, ends_E, up_blocks, columns=True).to(dy.dtype)
-        ddown = fp8.weight_gradient(
-            fp8.columns(dy_tiles, token_M, ends_E), fp8.columns(hidden_MI, None, ends_E), ends_E
-        )
-        dgate_up = fp8.weight_gradient(fp8.columns(dgate_up_M2I, None, ends_E), fp8.columns(x, token_M, ends_E), ends_E)
+        ddown = dgate_up = None
+        if ctx.needs_input_grad[6]:
+            hidden, sent = fp8.columns(hidden_MI, None, ends_E), fp8.columns(dy_tiles, token_M, ends_E)
+            ddown = fp8.weight_gradient(sent, hidden, ends_E).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[5]:
+            received, back = fp8.columns(x, token_M, ends_E), fp8.columns(dgate_up_M2I, None, ends_E)
+            dgate_up = fp8.weight_gradient(back, received, ends_E).to(ctx.dtypes[0])
         dweight_NK = dweight_M.index_select(0, position_NK.flatten()).view_as(position_NK)
         dx = sum_over_experts(dx_Md, position_NK)
-        return dx, None, None, None, dweight_NK, dgate_up.to(ctx.dtypes[0]), ddown.to(ctx.dtypes[1]), None
+        return dx, None, None, None, dweight_NK, dgate_up, ddown, None

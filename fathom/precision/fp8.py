@@ -53,9 +53,10 @@ class FP8:
     ) -> Tensor:
         """x [..., K], weight [N, K] -> x Wᵀ [..., N] in the dtype of `x`.
 
-        `power_of_two` is of the scales of `x`; `behind_attention` keeps it in twelve bits instead of eight.
+        `power_of_two` is of the scales of `x`; `behind_attention` keeps it in twelve bits instead of eight, with scales
+        that are powers of two wherever it is tiled.
         """
-        tiles = self.tiles_of(x, power_of_two=power_of_two)
+        tiles = self.tiles_of(x, power_of_two=power_of_two or behind_attention)
         return _Linear.apply(x, *tiles, weight, self, behind_attention)
 
     def gated_linear(self, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
@@ -85,13 +86,13 @@ class FP8:
         """x [M, K] in 1×128 tiles."""
         return self._counted(*_backend(x).tile_rows(x, power_of_two=power_of_two))
 
-    def columns(self, x: Tensor | Tiles, at: Tensor | None, ends: Tensor) -> Tiles:
+    def columns(self, x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of_two: bool = False) -> Tiles:
         """The rows x[at] of each group in 128×1 tiles of their own: codes [M, K], scales [tiles of all groups, K].
 
         `x` [rows, K] may be tiles of rows; group e ends before row ends[e].
         """
         like = x.scales if isinstance(x, Tiles) else x
-        return self._counted(*_backend(like).tile_columns(x, at, ends, power_of_two=False))
+        return self._counted(*_backend(like).tile_columns(x, at, ends, power_of_two=power_of_two))
 
     def blocks(self, weight: Tensor) -> Tiles:
         """weight [E, N, K] in 128×128 blocks: codes [E, N, K], scales [E, ⌈N/128⌉, ⌈K/128⌉]."""
@@ -132,7 +133,8 @@ class FP8:
         return dequantize_blocks(*blocks, dtype=dy.dtype)
 
     def _counted(self, tiles: Tiles, bad: int) -> Tiles:
-        self.bad_tiles += bad
+        if not recompute.making_again():  # counted when they were made first
+            self.bad_tiles += bad
         return tiles
 
 
@@ -155,7 +157,7 @@ class _Linear(torch.autograd.Function):
         ctx.fp8, ctx.twelve, ctx.dtypes = fp8, behind_attention, (x.dtype, weight.dtype)
         kept = fp8.twelve_bits(x.reshape(-1, x.shape[-1])) if behind_attention else (codes, scales)
         ctx.save_for_backward(*kept, *blocks)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -167,10 +169,10 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx = fp8.product(fp8.rows(rows), None, ends, blocks, columns=True)
-            dx = dx.to(dtype).view(*dy.shape[:-1], -1)
+            dx = dx.to(dtype).view(*dy.shape[:-1], blocks.codes.shape[-1])
         if ctx.needs_input_grad[3]:
             kept = fp8.from_twelve_bits(x, scales, blocks.codes.shape[-1]) if ctx.twelve else Tiles(x, scales)
-            x_tiles = fp8.columns(kept, None, ends)
+            x_tiles = fp8.columns(kept, None, ends, power_of_two=ctx.twelve)
             dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), x_tiles, ends)[0].to(weight_dtype)
         return dx, None, None, dweight, None, None
 
@@ -183,7 +185,7 @@ class _GatedLinear(torch.autograd.Function):
         y = fp8.product(fp8.rows(gated(flat_gate, flat_up)), None, _one_group(flat_gate), blocks)
         ctx.fp8, ctx.weight_dtype = fp8, weight.dtype
         ctx.save_for_backward(*fp8.rows(flat_gate), *fp8.rows(flat_up), *blocks)
-        return y.to(gate.dtype).view(*gate.shape[:-1], -1)
+        return y.to(gate.dtype).view(*gate.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -198,7 +200,7 @@ class _GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             hidden = fp8.columns(gated(gate, up), None, ends)
             dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), hidden, ends)[0].to(ctx.weight_dtype)
-        dgate, dup = (t.view(*dy.shape[:-1], -1) for t in gated_backward(dhidden, gate, up))
+        dgate, dup = (t.view(*dy.shape[:-1], gate.shape[1]) for t in gated_backward(dhidden, gate, up))
         return dgate, dup, dweight, None
 
 

@@ -31,8 +31,15 @@ def is_made(x: Tensor) -> bool:
     return bool(_active) and _active[-1].knows(x)
 
 
+def making_again() -> bool:
+    """Whether what runs now is a part of the forward pass run once more."""
+    return _Instructions.running > 0
+
+
 class _Instructions:
     """How to make some tensors again, and how often that will be asked."""
+
+    running = 0
 
     def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
         self.function, self.inputs = function, inputs
@@ -42,8 +49,12 @@ class _Instructions:
 
     def result(self, index: int) -> Tensor:
         if self._results is None:
-            with torch.no_grad():
-                results = self.function(*(x() if isinstance(x, _Kept) else x for x in self.inputs))
+            _Instructions.running += 1
+            try:
+                with torch.no_grad():
+                    results = self.function(*(x() if isinstance(x, _Kept) else x for x in self.inputs))
+            finally:
+                _Instructions.running -= 1
             self._results = (results,) if isinstance(results, Tensor) else tuple(results)
             self._left = self.expected
         found = self._results[index]
@@ -58,10 +69,13 @@ class _Kept:
 
     def __init__(self, tensor: Tensor | None, origin: tuple[_Instructions, int] | None, view: tuple[Any, ...]) -> None:
         self._tensor, self._origin, self._view = tensor, origin, view
+        self._version = 0 if tensor is None or tensor.is_inference() else tensor._version
 
     def __call__(self) -> Tensor:
         if self._origin is None:
             assert self._tensor is not None
+            if self._tensor._version != self._version:  # autograd leaves this check to whoever keeps tensors for it
+                raise RuntimeError("a tensor that the backward pass needs was changed in place since the forward pass")
             return self._tensor
         instructions, index = self._origin
         return instructions.result(index).as_strided(*self._view)

@@ -51,7 +51,7 @@ def quantise_blocks(w: Tensor, *, power_of_two: bool = False) -> Tiles:
     """w [N, K], float32 or bfloat16, in 128×128 blocks: codes [N, K], scales [⌈N/128⌉, ⌈K/128⌉]."""
     rows, columns = w.shape
     padded = torch.nn.functional.pad(w.float(), (0, -columns % TILE, 0, -rows % TILE))
-    blocks = padded.view(-(-rows // TILE), TILE, -1, TILE)
+    blocks = padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE)
     scales = tile_scales(blocks.abs().amax(dim=(1, 3)), power_of_two=power_of_two)
     codes = (blocks / scales[:, None, :, None]).reshape(padded.shape).to(torch.float8_e4m3fn)
     return Tiles(codes[:rows, :columns].contiguous(), scales)
@@ -86,7 +86,7 @@ def _tiles(x: Tensor) -> Tensor:
     """x [M, K] -> [M, ⌈K/128⌉, 128] float32, filled up with zeros."""
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -columns % TILE))
-    return padded.view(rows, -1, TILE)
+    return padded.view(rows, padded.shape[1] // TILE, TILE)
 
 
 def _codes(scaled: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def pretrain(
         _announce(training, recipe, run, say)
         if compiled:
             training.model.compile_blocks()
+        elif recipe.train.recompute or training.fp8 is not None:
+            say("layers run uncompiled: they decide themselves what is kept for the backward pass")
         return _train(training, dataset, recipe, run, checkpoint, begun.console)
 
 

@@ -1,6 +1,8 @@
 """A whole model in FP8: near its bfloat16 self, the same parameters, and the same gradients however little is kept."""
 
+import contextlib
 import copy
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fathom.engine.packing import PackedLinear, packed
 from fathom.model.fp8 import FP8Experts, FP8FeedForward, FP8Linear, train_in_fp8
 from fathom.model.moe import Router
 from fathom.model.transformer import Transformer
+from fathom.precision import recompute
 from fathom.precision.fp8 import FP8
 from fathom.precision.recompute import Recompute
 from fathom.train.objective import pretrain_loss
@@ -108,10 +111,60 @@ def test_recomputing_survives_a_second_backward() -> None:
             assert torch.equal(p.grad, 2 * once[name]), name
 
 
+def test_what_was_changed_since_is_refused() -> None:
+    """As autograd does by itself: a weight that moved between the two passes is an error, not another gradient."""
+    w = torch.ones(3, 3, requires_grad=True)
+    with Recompute():
+        y = torch.ones(2, 3, requires_grad=True) @ w
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_what_is_made_again_is_let_go() -> None:
+    """Made once for two readers, and gone when both have had it."""
+    x, made = torch.ones(4, requires_grad=True), []
+
+    def double(of: Tensor) -> Tensor:
+        made.append(weakref.ref(again := of * 2))
+        return again
+
+    with Recompute():
+        y = double(x)
+        made.clear()
+        recompute.made(y, double, x)
+        total = (y * y.detach()).sum() + y.square().sum()
+        del y
+    total.backward()
+    assert len(made) == 1
+    assert made[0]() is None
+
+
+def test_a_tile_is_counted_once_however_little_is_kept() -> None:
+    """Making tiles again does not count their bad ones again."""
+    counted = []
+    for keeping in (contextlib.nullcontext, Recompute):
+        model, fp8 = in_fp8(V3)
+        model.keeping = keeping
+        with torch.no_grad():
+            model.model.layers[0].input_layernorm.weight[0] = torch.nan
+        gradients(model, tokens(V3))
+        counted.append(fp8.bad_tiles)
+    assert counted[0] == counted[1] > 0
+
+
+def test_frozen_experts_cost_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing but the embedding learns no weight's gradient is made."""
+    model, _ = in_fp8(V3)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("embed_tokens.weight"))
+    monkeypatch.setattr(FP8, "weight_gradient", lambda *_: pytest.fail("a frozen weight got a gradient"))
+    assert list(gradients(model, tokens(V3))) == ["model.embed_tokens.weight"]
+
+
 def test_nothing_is_learnt_of_outside() -> None:
     """Without a listener nothing is remembered; what failed within leaves nothing behind."""
-    from fathom.precision import recompute
-
     with pytest.raises(RuntimeError, match="stop"), Recompute():
         raise RuntimeError("stop")
     assert recompute._active == []

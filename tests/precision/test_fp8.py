@@ -30,8 +30,8 @@ def rows(x: Tensor, *, power_of_two: bool = False) -> Tensor:
     return dequantise_rows(quantise_rows(x, power_of_two=power_of_two))
 
 
-def columns(x: Tensor) -> Tensor:
-    return dequantise_columns(quantise_columns(x))
+def columns(x: Tensor, *, power_of_two: bool = False) -> Tensor:
+    return dequantise_columns(quantise_columns(x, power_of_two=power_of_two))
 
 
 def blocks(w: Tensor) -> Tensor:
@@ -71,10 +71,10 @@ def test_a_linear_layer_is_three_products(shape: tuple[int, int, int], behind_at
     dy = drawn(count, outputs, seed=2)
     y = FP8().linear(x, w, behind_attention=behind_attention)
     y.backward(dy)
-    close(y, rows(x.detach()) @ blocks(w.detach()).T)
+    close(y, rows(x.detach(), power_of_two=behind_attention) @ blocks(w.detach()).T)
     close(x.grad, rows(dy) @ blocks(w.detach()))
     kept = unpack_e5m6(*pack_e5m6(x.detach()), inputs) if behind_attention else rows(x.detach())
-    close(w.grad, columns(dy).T @ columns(kept))
+    close(w.grad, columns(dy).T @ columns(kept, power_of_two=behind_attention))
     assert w.grad is not None
     assert w.grad.dtype == torch.float32
     assert y.dtype == x.dtype == torch.bfloat16
@@ -110,6 +110,15 @@ def test_swiglu_is_made_again_from_its_inputs_in_fp8() -> None:
     close(gate.grad, kept[0].grad)
     close(up.grad, kept[1].grad)
     close(w.grad, columns(dy).T @ columns(again.detach().to(torch.bfloat16)))
+
+
+@pytest.mark.usefixtures("how")
+def test_no_rows_are_no_trouble() -> None:
+    """Nothing goes in, nothing comes out, and the weight learns nothing."""
+    w = drawn(20, 130, dtype=torch.float32).requires_grad_()
+    FP8().linear(drawn(0, 130), w).sum().backward()
+    assert w.grad is not None
+    assert (w.grad == 0).all()
 
 
 def test_layers_that_share_an_input_share_its_codes() -> None:

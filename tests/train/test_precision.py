@@ -106,6 +106,12 @@ def test_compiling_what_decides_itself_is_refused(recipe: PretrainRecipe) -> Non
         assert not module.use_compiler(with_train(recipe, compile="auto", **fields).train)
 
 
+def test_blocks_of_gradients_without_fp8_are_refused(recipe: PretrainRecipe) -> None:
+    """A setting that would change nothing is a mistake."""
+    with pytest.raises(UserError, match="needs precision = fp8"):
+        PretrainRecipe.parse(recipe.model_dump() | {"train": {"fp8_gradients": "blocks"}}, where="x")
+
+
 def test_without_the_dtype_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A PyTorch without float8, and a device that cannot convert to it: one line each, with what to do."""
 

@@ -9,6 +9,7 @@ Registers of an AMD target are vector registers of a lane.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import struct
@@ -224,6 +225,8 @@ def main() -> None:
     parser.add_argument("kernels", nargs="*", help="names; none is all")
     parser.add_argument("--json", action="store_true", help="one JSON object: kernel, target, what it takes")
     options = parser.parse_args()
+    if importlib.util.find_spec("triton") is None:
+        parser.error("needs Triton, but no GPU: pip install 'fathom-lm[gpu]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     usage: dict[str, dict[str, Any]] = {}
