@@ -19,9 +19,9 @@ Quantising what was dequantised must give the same numbers again, or every copy 
 import torch
 from torch import Tensor
 
-from fathom.precision.tiles import quantise_blocks
+from fathom.precision.tiles import TILE, quantise_blocks
 
-BLOCK = 128
+BLOCK = TILE
 """Rows and columns that share one scale."""
 
 

@@ -76,8 +76,16 @@ class FP8:
         if recompute.is_made(x):
             recompute.made(tiles, self._rows_of, x, power_of_two)
         if not x.is_inference():  # whose changes nobody counts
-            self._recent = (weakref.ref(x), x._version, power_of_two, tiles)
+            self._recent = (weakref.ref(x, self._forget), x._version, power_of_two, tiles)
         return tiles
+
+    def _forget(self, which: weakref.ref[Tensor]) -> None:
+        """Let go of the tiles of a tensor that is gone."""
+        if self._recent is not None and self._recent[0] is which:
+            self._recent = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recent": None}
 
     def _rows_of(self, x: Tensor, power_of_two: bool) -> Tiles:
         return self.rows(x.reshape(-1, x.shape[-1]), power_of_two=power_of_two)
@@ -124,11 +132,12 @@ class FP8:
         return _backend(scales).unpack12(packed, scales, width)
 
     def gradient(self, dy: Tensor) -> Tensor:
-        """A gradient of activations as rows [M, N], as it enters products."""
+        """A gradient of activations as rows [M, N], as it enters products: in tiles that `power_of_two` is
+        `gradient_blocks` of."""
         dy = dy.reshape(-1, dy.shape[-1])
         if not self.gradient_blocks:
             return dy
-        # Powers of two, so that tiling these numbers again by rows and columns rounds none of them a second time.
+        # Powers of two, here and in tiles made of it, which then round no number of one block a second time.
         blocks = self._counted(*plain.counted(quantise_blocks(dy, power_of_two=True)))
         return dequantize_blocks(*blocks, dtype=dy.dtype)
 
@@ -168,12 +177,14 @@ class _Linear(torch.autograd.Function):
         ends, (dtype, weight_dtype) = _one_group(rows), ctx.dtypes
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = fp8.product(fp8.rows(rows), None, ends, blocks, columns=True)
+            tiles = fp8.rows(rows, power_of_two=fp8.gradient_blocks)
+            dx = fp8.product(tiles, None, ends, blocks, columns=True)
             dx = dx.to(dtype).view(*dy.shape[:-1], blocks.codes.shape[-1])
         if ctx.needs_input_grad[3]:
             kept = fp8.from_twelve_bits(x, scales, blocks.codes.shape[-1]) if ctx.twelve else Tiles(x, scales)
             x_tiles = fp8.columns(kept, None, ends, power_of_two=ctx.twelve)
-            dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), x_tiles, ends)[0].to(weight_dtype)
+            dy_tiles = fp8.columns(rows, None, ends, power_of_two=fp8.gradient_blocks)
+            dweight = fp8.weight_gradient(dy_tiles, x_tiles, ends)[0].to(weight_dtype)
         return dx, None, None, dweight, None, None
 
 
@@ -195,11 +206,13 @@ class _GatedLinear(torch.autograd.Function):
         rows, blocks = fp8.gradient(dy), Tiles(*tensors[4:])
         gate, up = (fp8.values(Tiles(*pair)).to(dy.dtype) for pair in (tensors[:2], tensors[2:4]))
         ends = _one_group(rows)
-        dhidden = fp8.product(fp8.rows(rows), None, ends, blocks, columns=True).to(dy.dtype)
+        dy_tiles = fp8.rows(rows, power_of_two=fp8.gradient_blocks)
+        dhidden = fp8.product(dy_tiles, None, ends, blocks, columns=True).to(dy.dtype)
         dweight = None
         if ctx.needs_input_grad[2]:
             hidden = fp8.columns(gated(gate, up), None, ends)
-            dweight = fp8.weight_gradient(fp8.columns(rows, None, ends), hidden, ends)[0].to(ctx.weight_dtype)
+            dy_columns = fp8.columns(rows, None, ends, power_of_two=fp8.gradient_blocks)
+            dweight = fp8.weight_gradient(dy_columns, hidden, ends)[0].to(ctx.weight_dtype)
         dgate, dup = (t.view(*dy.shape[:-1], gate.shape[1]) for t in gated_backward(dhidden, gate, up))
         return dgate, dup, dweight, None
 

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.engine.packing import PackedLinear, packed
+from fathom.model.experts import swiglu, swiglu_backward
 from fathom.model.fp8 import FP8Experts, FP8FeedForward, FP8Linear, train_in_fp8
-from fathom.model.moe import Router
+from fathom.model.moe import Experts, Router, Routing
 from fathom.model.transformer import Transformer
 from fathom.precision import recompute
 from fathom.precision.fp8 import FP8
 from fathom.precision.recompute import Recompute
 from fathom.train.objective import pretrain_loss
 from tests.model.configs import FAMILIES, V3, build
+from tests.precision.rounded import blocks, columns, distance, drawn, rows
 
 every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -83,6 +85,63 @@ def test_near_bfloat16_and_not_equal(config: ModelConfig) -> None:
         if exact.ndim == 2 and exact.norm() > 0 and not name.endswith("gate.weight"):
             assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.75, name
     assert fp8.bad_tiles == 0
+
+
+@pytest.mark.parametrize("gradient_blocks", [False, True])
+def test_experts_are_three_products_each(gradient_blocks: bool) -> None:
+    """Expert by expert with plain matrices: scales of what travels are powers of two, all that is kept is rounded, and
+    gradients are rounded where they enter products."""
+    fp8, count = FP8(gradient_blocks=gradient_blocks), 200
+    experts = Experts(V3)
+    for seed, weight in enumerate(experts.parameters()):
+        nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    x, dy = drawn(count, V3.hidden_size, seed=2).requires_grad_(), drawn(count, V3.hidden_size, seed=3)
+    quiet = torch.arange(count) % 16 != 0
+    dy[~quiet] *= 3e4
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(count)])
+    weights = torch.rand(count, 3, generator=generator).requires_grad_()
+    y = FP8Experts(experts, fp8)(x, Routing(ids, weights, torch.empty(0)))
+    y.backward(dy)
+
+    order = ids.flatten().sort(stable=True).indices
+    token, expert = order // 3, ids.flatten()[order]
+    weight = weights.detach().flatten()[order]
+    through = [(expert == e).nonzero()[:, 0] for e in range(8)]
+
+    def by_expert(rows_M: Tensor, matrices: Tensor) -> Tensor:
+        parts = [rows_M[at] @ blocks(matrix).T for at, matrix in zip(through, matrices, strict=True)]
+        return torch.cat(parts).to(torch.bfloat16)
+
+    def rounded(gradient: Tensor) -> Tensor:
+        return fp8.gradient(gradient) if gradient_blocks else gradient
+
+    gate_up, down = (p.detach() for p in (experts.gate_up_proj, experts.down_proj))
+    sent = rows(x.detach(), power_of_two=True)
+    inner = by_expert(sent[token], gate_up)
+    parts = by_expert(rows(swiglu(inner, weight)), down)
+    assert distance(y, torch.zeros(count, 48).index_add_(0, token, parts.float())) < 0.01
+
+    arrived = rows(rounded(dy), power_of_two=True)
+    dhidden = torch.cat([arrived[token[at]] @ blocks(m) for at, m in zip(through, down, strict=True)])
+    hidden, dinner, dweight = swiglu_backward(rows(inner).to(torch.bfloat16), weight, dhidden.to(torch.bfloat16))
+    dinner = rounded(dinner)
+    back = torch.cat(
+        [rows(dinner[at], power_of_two=gradient_blocks) @ blocks(m) for at, m in zip(through, gate_up, strict=True)]
+    )
+    assert x.grad is not None
+    assert weights.grad is not None
+    for tokens_of in (quiet, ~quiet):
+        dx = torch.zeros(count, 48).index_add_(0, token, back)
+        assert distance(x.grad[tokens_of], dx[tokens_of]) < 0.01
+        of_choices = torch.empty(count * 3).index_copy_(0, order, dweight).view(count, 3)
+        assert distance(weights.grad[tokens_of], of_choices[tokens_of]) < 0.01
+    ddown = torch.stack([columns(arrived[token[at]]).T @ columns(hidden[at]) for at in through])
+    assert distance(experts.down_proj.grad, ddown) < 1e-3
+    dgate_up = torch.stack(
+        [columns(dinner[at], power_of_two=gradient_blocks).T @ columns(sent[token[at]]) for at in through]
+    )
+    assert distance(experts.gate_up_proj.grad, dgate_up) < 1e-3
 
 
 @every_family

@@ -1,6 +1,8 @@
 """Layers in FP8 as differentiable functions: what they compute, what they keep, what poisons them."""
 
 import os
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,32 +13,8 @@ from fathom.kernels import tiles as kernels
 from fathom.precision import kernels as gpu
 from fathom.precision.e5m6 import pack_e5m6, unpack_e5m6
 from fathom.precision.fp8 import FP8
-from fathom.precision.tiles import (
-    Tiles,
-    dequantise_columns,
-    dequantise_rows,
-    quantise_blocks,
-    quantise_columns,
-    quantise_rows,
-    spread,
-)
-
-
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def rows(x: Tensor, *, power_of_two: bool = False) -> Tensor:
-    return dequantise_rows(quantise_rows(x, power_of_two=power_of_two))
-
-
-def columns(x: Tensor, *, power_of_two: bool = False) -> Tensor:
-    return dequantise_columns(quantise_columns(x, power_of_two=power_of_two))
-
-
-def blocks(w: Tensor) -> Tensor:
-    tiles = quantise_blocks(w)
-    return tiles.codes.float() * spread(tiles.scales.repeat_interleave(128, dim=0)[: len(w)], w.shape[1])
+from fathom.precision.tiles import Tiles, dequantise_rows, quantise_rows
+from tests.precision.rounded import blocks, columns, distance, drawn, rows
 
 
 def close(found: Tensor | None, meant: Tensor) -> None:
@@ -166,11 +144,34 @@ def test_blocks_of_gradients_share_a_scale_across_tokens() -> None:
 
 
 @pytest.mark.usefixtures("how")
-def test_scales_of_gradient_blocks_round_nothing_twice() -> None:
-    """What blocks kept goes through rows and columns unchanged, if their scales are powers of two."""
-    dy = FP8(gradient_blocks=True).gradient(drawn(200, 150))
-    for again in (quantise_rows(dy, power_of_two=True), quantise_rows(dy.T, power_of_two=True)):
-        assert torch.equal(dequantise_rows(again), (dy if again.codes.shape == dy.shape else dy.T).float())
+def test_gradient_blocks_reach_every_product_of_a_gated_layer() -> None:
+    """As with tiles, but of a gradient that was rounded in blocks first; its neighbours' scales show in each result."""
+    gate, up = drawn(130, 140).requires_grad_(), drawn(130, 140, seed=1).requires_grad_()
+    w, dy = drawn(70, 140, seed=2, dtype=torch.float32).requires_grad_(), drawn(130, 70, seed=3)
+    dy[::16] *= 3e4
+    FP8(gradient_blocks=True).gated_linear(gate, up, w).backward(dy)
+    rounded = blocks(dy, power_of_two=True)
+    assert distance(rounded, dy) > 1e-3
+    kept = [rows(t.detach()).to(torch.bfloat16).float().requires_grad_() for t in (gate, up)]
+    again = F.silu(kept[0]) * kept[1]
+    again.backward(rounded @ blocks(w.detach()))
+    hidden = columns(again.detach().to(torch.bfloat16))
+    quiet = torch.arange(130) % 16 != 0
+    assert gate.grad is not None
+    assert kept[0].grad is not None
+    assert distance(gate.grad[quiet], kept[0].grad[quiet]) < 0.01
+    assert distance(w.grad, rounded.T @ hidden) < 0.01
+
+
+@pytest.mark.usefixtures("how")
+def test_gradient_blocks_round_nothing_twice() -> None:
+    """What blocks kept goes through a linear layer's rows and columns unchanged."""
+    x, w, dy = drawn(200, 130), drawn(150, 130, seed=1, dtype=torch.float32), drawn(200, 150, seed=2)
+    x.requires_grad_()
+    w.requires_grad_()
+    FP8(gradient_blocks=True).linear(x, w).backward(dy)
+    close(x.grad, blocks(dy, power_of_two=True) @ blocks(w.detach()))
+    close(w.grad, blocks(dy, power_of_two=True).T @ columns(rows(x.detach())))
 
 
 @pytest.mark.usefixtures("how")
@@ -198,3 +199,21 @@ def test_kept_values_are_codes_times_scales() -> None:
     tiles = quantise_rows(drawn(9, 300))
     meant = dequantise_rows(tiles).to(torch.bfloat16)
     assert torch.equal(FP8().values(Tiles(*tiles)), meant)
+
+
+def test_what_was_shared_is_let_go_with_its_tensor() -> None:
+    """Remembered tiles do not outlive the tensor that they are of."""
+    fp8, x = FP8(), drawn(4, 128)
+    codes = weakref.ref(fp8.tiles_of(x, power_of_two=False).codes)
+    assert codes() is not None
+    del x
+    assert codes() is None
+
+
+def test_a_used_policy_can_be_pickled() -> None:
+    """What is remembered for neighbours stays behind."""
+    fp8, x = FP8(gradient_blocks=True), drawn(4, 128)
+    fp8.tiles_of(x, power_of_two=False)
+    twin = pickle.loads(pickle.dumps(fp8))
+    assert twin.gradient_blocks
+    assert torch.equal(twin.tiles_of(x, power_of_two=False).scales, fp8.tiles_of(x, power_of_two=False).scales)
