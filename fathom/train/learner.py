@@ -29,6 +29,7 @@ from fathom.train.grpo import (
 )
 from fathom.train.numbers import require_numbers
 from fathom.train.packing import packed
+from fathom.train.precision import take_bad_tiles
 from fathom.train.rollout import Asker, Group
 from fathom.train.schedule import constant_lr_at
 from fathom.train.session import Trainee, frozen_copy
@@ -55,7 +56,7 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
     recipe, progress, model = learner.recipe, learner.progress, learner.model
     lr = constant_lr_at(progress.step, recipe.train.warmup_steps, recipe.optimizer.lr)
     if recipe.loss.kl > 0 and (learner.reference is None or progress.step % recipe.train.reference_every == 0):
-        learner.reference = frozen_copy(model)
+        learner.reference = frozen_copy(model, learner.fp8)
     parts = recipe.train.mini_batches
     # Dealt out like cards, those that teach first: mini-batches are equal in both kinds, but for one.
     dealt = sorted(groups, key=lambda group: not group.informative)
@@ -64,11 +65,12 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
         for batch in batches:
             batch.remember_old(_Scorer.of(model, recipe))
     report: PolicyReport | None = None
-    loss, norms, updates = 0.0, [], 0
+    loss, norms, updates, bad_tiles = 0.0, [], 0, 0
     reference = None if recipe.loss.kl == 0 else _Scorer.of(learner.reference, recipe)
     teacher = None if learner.teacher is None else _Scorer.of(learner.teacher, recipe)
     for batch in batches:
         own_loss, policy = 0.0, _Scorer.of(model, recipe)
+        take_bad_tiles(learner.fp8)  # of what came between two updates
         for place in range(len(batch.pieces)):
             piece_loss, piece_report = batch.loss(place, policy, reference, teacher, recipe)
             piece_loss.backward()
@@ -78,7 +80,9 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
         norm = float(get_total_norm([p.grad for p in parameters]))
         norms.append(norm)
         loss += own_loss / len(batches)
-        if math.isfinite(norm) and math.isfinite(own_loss):
+        own_bad_tiles = take_bad_tiles(learner.fp8)
+        bad_tiles += own_bad_tiles
+        if own_bad_tiles == 0 and math.isfinite(norm) and math.isfinite(own_loss):
             clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
             learner.optimizer.step(lr)
             updates += 1
@@ -92,6 +96,8 @@ def update(learner: Learner, groups: Sequence[Group]) -> dict[str, Any]:
     if batches:
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
     metrics = {"loss": loss, "skipped": skipped, "updates": updates, "grad_norm": max(norms, default=0.0), "lr": lr}
+    if learner.fp8 is not None:
+        metrics["bad_tiles"] = bad_tiles
     return metrics | ({} if report is None else report.means())
 
 

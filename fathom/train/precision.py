@@ -40,6 +40,21 @@ def set_precision(
     return fp8
 
 
+def take_bad_tiles(fp8: FP8 | None) -> int:
+    """FP8 tiles without a number since this was asked last."""
+    if fp8 is None:
+        return 0
+    found, fp8.bad_tiles = fp8.bad_tiles, 0
+    return found
+
+
+def fp8_notice(fp8: FP8 | None) -> str | None:
+    """What is to be said of eight bits when a run begins, if anything."""
+    if fp8 is None or device().type != "cpu":
+        return None
+    return "linear layers multiply in FP8, which a CPU emulates: it takes less memory, and more time than bf16"
+
+
 def require_fp8(where: torch.device) -> None:
     """Raise `UserError` where PyTorch has no float8_e4m3fn, or `where` cannot convert to it."""
     advice = "set train.precision to bf16, or use PyTorch ≥ 2.13 on a device that has it (a CPU does)"

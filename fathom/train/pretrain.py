@@ -35,9 +35,10 @@ from fathom.train.estimate import dry_run
 from fathom.train.evaluate import BitsPerByte, averaged, evaluate, token_bytes, write_sample
 from fathom.train.machine import device, measure_gemm_peak, use_compiler
 from fathom.train.metrics import MetricsLog
+from fathom.train.numbers import what_was_wrong
 from fathom.train.objective import Report, max_violation, pretrain_loss
 from fathom.train.optimizers import Optimizer, build_optimizer
-from fathom.train.precision import set_precision
+from fathom.train.precision import fp8_notice, set_precision, take_bad_tiles
 from fathom.train.run import RunFolder, RunResult, begin_run, newest_model
 from fathom.train.schedule import (
     bias_rate_at,
@@ -205,8 +206,7 @@ def train_step(training: Training, recipe: PretrainRecipe) -> dict[str, Any]:
     bias_rate = bias_rate_at(step, total, full, recipe.schedule, recipe.balance)
 
     tally = _Tally(micro_batches, training.token_bytes)
-    if training.fp8 is not None:
-        training.fp8.bad_tiles = 0
+    take_bad_tiles(training.fp8)  # of what came between two steps
     for _ in range(micro_batches):
         tokens = training.loader.next_batch().to(training.token_bytes.device)
         loss, report = pretrain_loss(model, tokens, mtp_weight=mtp_weight, balance_weight=recipe.balance.sequence_loss)
@@ -216,7 +216,7 @@ def train_step(training: Training, recipe: PretrainRecipe) -> dict[str, Any]:
 
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = get_total_norm([p.grad for p in parameters])
-    bad_tiles = 0 if training.fp8 is None else training.fp8.bad_tiles
+    bad_tiles = take_bad_tiles(training.fp8)
     skipped = bad_tiles > 0 or not (math.isfinite(grad_norm) and tally.finite)
     if not skipped:
         clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, grad_norm)
@@ -325,8 +325,8 @@ def _announce(training: Training, recipe: PretrainRecipe, run: RunFolder, say: C
         f"model: {recipe.model.model_type}, {count(parameters.total)} parameters, {count(parameters.active)} active "
         "per token"
     )
-    if training.fp8 is not None and device().type == "cpu":
-        say("linear layers multiply in FP8, which a CPU emulates: it takes less memory, and more time than bf16")
+    if notice := fp8_notice(training.fp8):
+        say(notice)
     if step := training.progress.step:
         say(f"resuming from step {step} of {recipe.train.steps}")
 
@@ -350,10 +350,7 @@ def _report_bad_step(
 ) -> None:
     """Say that a step was skipped; raise `UserError` when it was one too many."""
     row, limit = progress.bad_in_a_row, recipe.train.max_bad_steps
-    what = f"loss {values['loss']:.3g}, gradient norm {values['grad_norm']:.3g}"
-    if bad := values.get("bad_tiles"):
-        what += f", {count(bad)} FP8 tiles that hold no number"
-    display.say(f"step {progress.step}: skipped, {what} ({row} in a row, {limit} stop the run)")
+    display.say(f"step {progress.step}: skipped, {what_was_wrong(values)} ({row} in a row, {limit} stop the run)")
     if row >= limit:
         good = f"{checkpoint} is the last good checkpoint" if checkpoint else "there is no checkpoint yet"
         raise UserError(

@@ -31,6 +31,7 @@ from fathom.engine.protocol import Engine as EngineProtocol
 from fathom.errors import UserError
 from fathom.model.accounting import count_parameters
 from fathom.model.checkpoint import load
+from fathom.model.fp8 import train_in_fp8
 from fathom.model.transformer import Transformer
 from fathom.report.command import fathom_command
 from fathom.report.tables import count
@@ -45,7 +46,8 @@ from fathom.train.learner import Learner, observe, update
 from fathom.train.machine import device
 from fathom.train.metrics import MetricsLog
 from fathom.train.moments import CorrectionLog
-from fathom.train.numbers import NoNumbers
+from fathom.train.numbers import NoNumbers, what_was_wrong
+from fathom.train.precision import fp8_notice
 from fathom.train.rl_evaluate import HeldOut
 from fathom.train.rollout import Group, Roller, draw_problems, held_out_problems, seed_of
 from fathom.train.run import RunFolder, RunResult, begin_run, model_folder, newest_model
@@ -92,6 +94,8 @@ def train_rl(
             say(f"run '{recipe.name}' in {run.path}: {recipe.task.name}, {count(parameters.total)} parameters")
             if learner.teacher is not None:
                 say(f"taught by {recipe.teacher}, {count(count_parameters(learner.teacher.config).total)} parameters")
+            if notice := fp8_notice(learner.fp8):
+                say(notice)
             if step := learner.progress.step:
                 say(f"resuming from step {step} of {recipe.train.steps}")
             return _train(learner, roller, engine, task, problems, run, begun.console, stop)
@@ -262,18 +266,20 @@ def _start(recipe: RLRecipe, checkpoint: Path | None) -> Learner:
         learner.progress.data["level"] = recipe.task.start  # a curriculum that was insisted on: it begins now
     if recipe.loss.kl == 0:
         learner.reference = None
-    learner.teacher = _open_teacher(recipe, learner.model, learner.tokenizer)
+    learner.teacher = _open_teacher(recipe, learner)
     return learner
 
 
-def _open_teacher(recipe: RLRecipe, student: Transformer, tokenizer: Tokenizer) -> Transformer | None:
+def _open_teacher(recipe: RLRecipe, learner: Learner) -> Transformer | None:
     """Frozen, and computing as the student does. Raises `UserError` where it cannot judge the student's tokens."""
     if recipe.teacher is None:
         return None
     teacher, own = load(model_folder(recipe.teacher), dtype="float32")
-    require_one_vocabulary(recipe.teacher, (teacher.config, own), (student.config, tokenizer))
+    require_one_vocabulary(recipe.teacher, (teacher.config, own), (learner.model.config, learner.tokenizer))
     teacher = teacher.to(device()).requires_grad_(False)
-    teacher.compute_dtype = student.compute_dtype
+    teacher.compute_dtype = learner.model.compute_dtype
+    if learner.fp8 is not None:
+        train_in_fp8(teacher, learner.fp8)
     return teacher
 
 
@@ -358,7 +364,7 @@ def _report_missing_updates(
 def _report_bad_step(progress: Progress, recipe: RLRecipe, values: dict[str, Any], say: Callable[[str], None]) -> None:
     """Say that a step was skipped; raise `UserError` when it was one too many."""
     row, limit = progress.bad_in_a_row, recipe.train.max_bad_steps
-    what = f"loss {values['loss']:.3g}, gradient norm {values['grad_norm']:.3g}"
+    what = what_was_wrong(values)
     if row >= limit:
         raise UserError(f"step {progress.step}: not finite ({what}), {row} in a row; lower optimizer.lr")
     say(f"step {progress.step}: not finite ({what}), skipped; {limit - row} more in a row will stop the run")

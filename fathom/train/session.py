@@ -15,7 +15,9 @@ from fathom.config.sft import SFTRecipe
 from fathom.data.tokenizer import Tokenizer
 from fathom.errors import UserError
 from fathom.model.checkpoint import load
+from fathom.model.fp8 import train_in_fp8
 from fathom.model.transformer import Transformer
+from fathom.precision.fp8 import FP8
 from fathom.train.display import Display
 from fathom.train.machine import device
 from fathom.train.optimizers import Optimizer, build_optimizer
@@ -69,6 +71,8 @@ class Trainee:
     progress: Progress
     reference: Transformer | None = None
     """The policy that a KL term keeps near to."""
+    fp8: FP8 | None = None
+    """What the layers share if they multiply in FP8."""
 
     def contents(self) -> Contents:
         """What a checkpoint of this moment holds."""
@@ -101,7 +105,7 @@ def open_trainee(kind: type[Kind], recipe: SFTRecipe | RLRecipe, checkpoint: Pat
     if tokenizer is None:
         raise UserError(f"{recipe.model}: has no tokenizer, without which {unable}")
     model = model.to(device())
-    set_precision(model, recipe.train.precision)
+    fp8 = set_precision(model, recipe.train.precision)
     # A multi-token-prediction module takes no part in the loss: it drafts for the engine, and stays as it is.
     for module in model.mtp:
         module.requires_grad_(False)
@@ -110,16 +114,19 @@ def open_trainee(kind: type[Kind], recipe: SFTRecipe | RLRecipe, checkpoint: Pat
         optimizer.load_state_dict(optimizer_state)
     reference = None
     if reference_state is not None:
-        reference = frozen_copy(model)
+        reference = frozen_copy(model, fp8)
         reference.load_state_dict(reference_state)
-    return kind(recipe, model, tokenizer, optimizer, progress, reference)
+    return kind(recipe, model, tokenizer, optimizer, progress, reference, fp8)
 
 
-def frozen_copy(model: Transformer) -> Transformer:
-    """The same numbers in tensors of their own, not to be trained."""
+def frozen_copy(model: Transformer, fp8: FP8 | None = None) -> Transformer:
+    """The same numbers in tensors of their own, not to be trained; they are multiplied as those of `model` are, which
+    share `fp8`."""
     with torch.device("meta"):
         copy = Transformer(model.config)
     state: State = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     copy.load_state_dict(state, assign=True)
     copy.compute_dtype = model.compute_dtype
+    if fp8 is not None:
+        train_in_fp8(copy, fp8)
     return copy.requires_grad_(False)

@@ -35,8 +35,9 @@ from fathom.report.command import fathom_command
 from fathom.report.tables import count, plural
 from fathom.train.display import Display, describe
 from fathom.train.metrics import MetricsLog
-from fathom.train.numbers import require_numbers
+from fathom.train.numbers import require_numbers, what_was_wrong
 from fathom.train.packing import packed
+from fathom.train.precision import fp8_notice, take_bad_tiles
 from fathom.train.run import RunResult, begin_run, newest_model
 from fathom.train.schedule import cosine_lr_at
 from fathom.train.session import Trainee, open_trainee, training_session
@@ -112,6 +113,8 @@ def train_sft(
             f"{count(sum(len(turn.response_ids) for turn in answers.train))} tokens, "
             f"{len(answers.held_out)} held out, {count(count_parameters(student.model.config).total)} parameters"
         )
+        if notice := fp8_notice(student.fp8):
+            say(notice)
         with (
             CheckpointWriter(run.checkpoints, keep=recipe.checkpoint.keep) as writer,
             MetricsLog(run, step=student.progress.step) as log,
@@ -162,7 +165,7 @@ class _Course:
         self._log.write("train", progress.step, values)
         self._display.step(progress.step, values)
         if values["skipped"]:
-            what = f"loss {values['loss']:.3g}, gradient norm {values['grad_norm']:.3g}"
+            what = what_was_wrong(values)
             if progress.bad_in_a_row >= train.max_bad_steps:
                 raise UserError(
                     f"step {progress.step}: not finite ({what}), {progress.bad_in_a_row} in a row; lower optimizer.lr"
@@ -238,6 +241,7 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
     model, progress, recipe = student.model, student.progress, student.recipe
     learnt = sum(len(turn.response_ids) for turn in turns)
     head, loss, entropy = Head.of_model(model), 0.0, 0.0
+    take_bad_tiles(student.fp8)  # of what came between two steps
     for piece in _packed(turns, recipe.train.rows):
         logprobs, entropies = _score(model, head, piece)
         piece_loss = -logprobs.sum() / learnt
@@ -246,7 +250,8 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
         entropy += float(entropies.sum()) / learnt
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = float(get_total_norm([p.grad for p in parameters]))
-    skipped = not (math.isfinite(norm) and math.isfinite(loss))
+    bad_tiles = take_bad_tiles(student.fp8)
+    skipped = bad_tiles > 0 or not (math.isfinite(norm) and math.isfinite(loss))
     if not skipped:
         clip_grads_with_norm_(parameters, recipe.optimizer.clip_norm, torch.tensor(norm))
         student.optimizer.step(lr)
@@ -256,7 +261,8 @@ def update(student: Student, turns: Sequence[Turn], lr: float) -> dict[str, Any]
     progress.tokens += learnt
     progress.bad_steps += skipped
     progress.bad_in_a_row = progress.bad_in_a_row + 1 if skipped else 0
-    return {"loss": loss, "entropy": entropy, "grad_norm": norm, "skipped": skipped, "tokens": progress.tokens}
+    metrics = {"loss": loss, "entropy": entropy, "grad_norm": norm, "skipped": skipped, "tokens": progress.tokens}
+    return metrics if student.fp8 is None else metrics | {"bad_tiles": bad_tiles}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,3 +316,12 @@ def test_a_dry_run_counts_the_teacher(taught: RLRecipe) -> None:
     rl_estimate.dry_run(taught, Console(file=said, width=400, soft_wrap=True))
     assert f"{taught.teacher}: " in said.getvalue()
     assert " a step to judge every token" in said.getvalue()
+
+
+def test_a_teacher_multiplies_as_its_student_does(recipe: RLRecipe, start: Path, tmp_path: Path) -> None:
+    """In FP8 a student that is taught by its own beginning says the same as its teacher, to the bit."""
+    twin = shutil.copytree(start / "model", tmp_path / "twin")
+    own = changed(recipe, {"train": {"precision": "fp8"}}).replace(teacher=str(twin))
+    begun, ids = module._start(own, None), torch.arange(9)[None]
+    assert begun.teacher is not None
+    assert torch.equal(begun.teacher(ids), begun.model(ids))

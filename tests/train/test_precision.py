@@ -17,7 +17,9 @@ from fathom.model.transformer import Transformer
 from fathom.train.metrics import read_metrics
 from fathom.train.precision import require_fp8, set_precision
 from fathom.train.pretrain import pretrain, train_step
-from tests.train.tiny import MODEL
+from fathom.train.session import frozen_copy
+from tests.model.configs import build
+from tests.train.tiny import MODEL, poison_one_tile
 
 
 @pytest.fixture(autouse=True)
@@ -73,23 +75,11 @@ def test_recomputing_changes_no_bit_of_a_run(eight: PretrainRecipe, tmp_path: Pa
 def test_a_tile_without_a_number_skips_the_step(
     eight: PretrainRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN that meets one tile, and no loss: it is counted, nothing is changed, and the run says why and goes on."""
+    """A NaN that meets one tile, and no loss: it is counted, nothing is changed, and the next step is as ever."""
     training = module._start(eight, TokenDataset(eight.data.path), None)
     assert training.fp8 is not None
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
-    forward, calls = FP8Experts.forward, 0
-
-    def poisoned(self: FP8Experts, x: torch.Tensor, routing: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        y = forward(self, x, routing)
-        if calls == 1:  # what the tile touched is thrown away: only the count can tell
-            bad = x.detach().clone()
-            bad[0, 0] = torch.nan
-            self._fp8.tiles_of(bad, power_of_two=True)
-        return y
-
-    monkeypatch.setattr(FP8Experts, "forward", poisoned)
+    poison_one_tile(monkeypatch)
     values = train_step(training, eight)
     assert values["skipped"]
     assert values["bad_tiles"] == 1
@@ -142,3 +132,12 @@ def test_the_policy_sets_what_activations_are(precision: Any) -> None:
     assert model.compute_dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
     assert (fp8 is not None) == (precision == "fp8")
     assert any(isinstance(module, FP8Experts) for module in model.modules()) == (precision == "fp8")
+
+
+def test_a_reference_multiplies_as_its_policy_does() -> None:
+    """A frozen copy of a model in FP8 says the same to the bit, so that nothing but learning parts them."""
+    model = build(MODEL)
+    fp8 = set_precision(model, "fp8")
+    ids = torch.arange(12)[None]
+    assert torch.equal(frozen_copy(model, fp8)(ids), model(ids))
+    assert not torch.equal(frozen_copy(model)(ids), model(ids))

@@ -24,7 +24,7 @@ from fathom.train.metrics import read_metrics
 from fathom.train.rl import train_rl
 from fathom.train.run import RunResult
 from fathom.train.state import read_checkpoint
-from tests.train.tiny import save_talker
+from tests.train.tiny import poison_one_tile, save_talker
 
 TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "update_seconds"}
 
@@ -485,3 +485,15 @@ def test_completions_longer_than_the_context_are_refused(recipe: RLRecipe, tmp_p
     """More tokens than the model has room for are named before the first step."""
     with pytest.raises(UserError, match=r"rollout\.max_tokens"):
         run(changed(recipe, {"rollout": {"max_tokens": 64}}), tmp_path)
+
+
+def test_a_bad_tile_skips_the_update(recipe: RLRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FP8 a tile without a number is counted and said, and the mini-batch that it was in changes nothing."""
+    poison_one_tile(monkeypatch)
+    own = changed(recipe, {"train": {"precision": "fp8", "mini_batches": 2, "steps": 2}})
+    result, said = run(own, tmp_path)
+    steps = [line for line in lines(result) if line["kind"] == "train"]
+    assert [line["bad_tiles"] for line in steps] == [1, 0]
+    assert [(line["skipped"], line["updates"]) for line in steps] == [(True, 1), (False, 2)]
+    assert "linear layers multiply in FP8" in said
+    assert "1 FP8 tile without a number" in said

@@ -27,7 +27,7 @@ from fathom.train.packing import packed
 from fathom.train.run import RunResult
 from fathom.train.sft import Student, batch_at, loss_of, read_answers, train_sft, update
 from fathom.train.state import Progress
-from tests.train.tiny import MODEL
+from tests.train.tiny import MODEL, poison_one_tile
 
 TIMES = {"seconds", "tokens_per_second"}
 ROWS = [
@@ -369,3 +369,14 @@ def test_models_that_cannot_learn_conversations(recipe: SFTRecipe, tmp_path: Pat
         with pytest.raises(UserError, match=said):
             run(recipe.replace(model=str(path)), tmp_path / "runs")
     assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_a_bad_tile_skips_the_step(recipe: SFTRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FP8 a tile without a number is counted and said, its step changes nothing, and the run goes on."""
+    poison_one_tile(monkeypatch)
+    result, said = run(changed(recipe, train={"precision": "fp8"}), tmp_path)
+    steps = [line for line in lines(result) if line["kind"] == "train"]
+    assert [line["bad_tiles"] for line in steps] == [1, 0, 0, 0, 0, 0]
+    assert [line["skipped"] for line in steps] == [True] + [False] * 5
+    assert "linear layers multiply in FP8" in said
+    assert "1 FP8 tile without a number" in said
