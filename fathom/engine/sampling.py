@@ -119,8 +119,8 @@ def sample(logits: Tensor, states: Sequence[SamplerState], masks: Masks = None) 
     `logits` is left as it is; the states are not advanced.
     """
     logits = _adjusted(logits, states, masks)
-    ids = torch.empty(len(states), dtype=torch.int64, device=logits.device)
-    for rows, kind in _kinds(states):
+    ids, kinds = torch.empty(len(states), dtype=torch.int64, device=logits.device), _kinds(states)
+    for rows, kind in kinds:
         part, chosen = _take(logits, rows), [states[row] for row in rows]
         if kind == "greedy":
             drawn = _argmax(part)
@@ -128,6 +128,8 @@ def sample(logits: Tensor, states: Sequence[SamplerState], masks: Masks = None) 
             drawn = _draw_plain(part, chosen)
         else:
             drawn = _draw_filtered(_softmax(part, chosen), chosen)
+        if len(kinds) == 1:
+            return drawn
         ids[torch.tensor(rows, device=ids.device)] = drawn
     return ids
 

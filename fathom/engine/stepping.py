@@ -78,7 +78,10 @@ class Stepper:
             if item.reaches_end
         ]
         rows = [row for item, row in ends for row in range(row, row + 1 + (item.draft is not None))]
-        logits = self._model.logits(hidden[torch.tensor(rows, dtype=torch.int64)]) if rows else None
+        logits = None
+        if rows:
+            every = len(rows) == len(hidden)  # which they then are, in order
+            logits = self._model.logits(hidden if every else hidden[torch.tensor(rows)])
         for item in work:
             item.sequence.computed = item.stop
         if logits is not None:
@@ -107,7 +110,7 @@ class Stepper:
 
     def _call(self, parts: list[tuple[Sequence, int, int, bool]]) -> PagedCall:
         """The call for (sequence, first position, tokens, is a stretch), stretches last."""
-        positions, pages, offsets, tables, stretches = [], [], [], [], []
+        positions, places, tables, stretches = [], [], [], []
         for sequence, start, count, is_stretch in parts:
             if is_stretch:
                 own = torch.tensor(sequence.pages[: -(-(start + count) // PAGE)])
@@ -116,13 +119,13 @@ class Stepper:
                 tables.extend([sequence.pages] * count)
             for position in range(start, start + count):
                 positions.append(position)
-                pages.append(sequence.pages[position // PAGE])
-                offsets.append(position % PAGE)
+                places.append(sequence.pages[position // PAGE] * PAGE + position % PAGE)
         width = max(map(len, tables), default=0)
         table = torch.tensor([row + [0] * (width - len(row)) for row in tables], dtype=torch.int32)
         visible = torch.tensor([position + 1 for position in positions[: len(tables)]], dtype=torch.int32)
-        places = torch.tensor(pages) * PAGE + torch.tensor(offsets)
-        return PagedCall(self._cache, torch.tensor(positions), places, len(tables), table, visible, stretches)
+        return PagedCall(
+            self._cache, torch.tensor(positions), torch.tensor(places), len(tables), table, visible, stretches
+        )
 
     def _draw(self, sequences: list[Sequence], drafts: list[int | None], logits: Tensor, counts: Counts) -> None:
         """Draw after every sequence's last token, and again where that confirmed its draft."""

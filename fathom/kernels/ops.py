@@ -246,7 +246,7 @@ def draw_rows(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     Each is drawn by its row's softmax at its temperature, by inverting the distribution function.
     """
     logits, sums = logits.contiguous(), _room_for_sums(logits)
-    ids, inverse = torch.empty(len(logits), dtype=torch.int64), (1 / temperatures).float()
+    ids, inverse = torch.empty(len(logits), dtype=torch.int64), temperatures.reciprocal().float()
     kernel("draw_rows")(
         logits.data_ptr(), inverse.data_ptr(), uniforms.data_ptr(), sums.data_ptr(), ids.data_ptr(), *logits.shape
     )
