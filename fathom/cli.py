@@ -326,9 +326,12 @@ def _data_verify(options: argparse.Namespace) -> int:
 def _load(options: argparse.Namespace) -> int:
     from fathom.report.describe import describe
     from fathom.report.tables import print_rows
+    from fathom.train.run import model_folder
 
     model, tokenizer = open_model(options)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    if _stored_dtype(model_folder(options.model)) == "fp8":
+        dtype += ", stored in fp8 (e4m3 in blocks of 128 × 128)"
     print_rows(options.model, [*describe(model.config, tokenizer), ("weights held in", dtype)])
     return 0
 

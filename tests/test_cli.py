@@ -232,3 +232,15 @@ def test_debug_shows_the_traceback() -> None:
 
     with pytest.raises(UserError):
         main(["--debug", "load", "nowhere"])
+
+
+@pytest.mark.filterwarnings("ignore:.*no multiple of 128")
+def test_load_says_how_weights_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder in FP8 is called one, and what its cache would take in FP8 stands beside."""
+    model = build(V3.replace(kv_lora_rank=128))
+    for dtype in ("float32", "fp8"):
+        save_model(model, tmp_path / dtype, dtype=dtype)
+        assert main(["load", str(tmp_path / dtype)]) == 0
+        said = capsys.readouterr().out
+        assert ("stored in fp8" in said) == (dtype == "fp8")
+        assert "in bfloat16, 444 in FP8" in " ".join(said.split())

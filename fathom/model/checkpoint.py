@@ -367,13 +367,14 @@ def _compare_duplicates(model: Transformer, duplicates: list[Published], shards:
 
 
 def _say_what_others_misread(config: ModelConfig, folder: str | Path) -> None:
-    """One warning with the number of projections whose last blocks are ragged."""
-    shapes = [tensor.shape for tensor in published(config) if tensor.kind == "projection"]
-    ragged = sum(any(side > BLOCK and side % BLOCK for side in shape) for shape in shapes)
+    """One warning with the number of projections whose last blocks are ragged, and the first of them."""
+    projections = [tensor for tensor in published(config) if tensor.kind == "projection"]
+    ragged = [tensor for tensor in projections if any(side > BLOCK and side % BLOCK for side in tensor.shape)]
     if ragged:
         warnings.warn(
-            f"{folder}: {ragged} of {len(shapes)} projections have a side over {BLOCK} that is no multiple of {BLOCK}; "
-            "Fathom reads them, other programs may not, or wrongly (docs/guides/other-engines.md)",
+            f"{folder}: {len(ragged)} of {len(projections)} projections have a side over {BLOCK} that is no multiple "
+            f"of {BLOCK}, first {ragged[0].name} {list(ragged[0].shape)}; Fathom reads them, other programs may not, "
+            "or wrongly (docs/guides/other-engines.md)",
             stacklevel=3,
         )
 

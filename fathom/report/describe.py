@@ -2,7 +2,14 @@
 
 from fathom.config import ModelConfig
 from fathom.data.tokenizer import Tokenizer
-from fathom.model.accounting import count_parameters, decode_flops_per_token, flops_per_token, kv_bytes_per_token
+from fathom.model.accounting import (
+    count_parameters,
+    decode_flops_per_token,
+    flops_per_token,
+    fp8_kv_bytes_per_token,
+    kv_bytes_per_token,
+)
+from fathom.precision.tiles import TILE
 from fathom.report.tables import count, plural, quantity
 
 
@@ -25,13 +32,19 @@ def describe(config: ModelConfig, tokenizer: Tokenizer | None) -> list[tuple[str
     length = min(4096, context)
     rows += [
         ("context", f"{context:,} tokens"),
-        ("cache", f"{kv_bytes_per_token(config):,} bytes per token in bfloat16"),
+        ("cache", f"{kv_bytes_per_token(config):,} bytes per token in bfloat16{_in_fp8(config)}"),
         ("arithmetic", f"{quantity(flops_per_token(config, length), 'FLOP')} to train on a token of a sequence of "
                        f"{length:,}, {quantity(decode_flops_per_token(config, length), 'FLOP')} to write one behind "
                        f"{length:,}"),
         ("tokenizer", "none in the folder" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"),
     ]  # fmt: skip
     return rows
+
+
+def _in_fp8(config: ModelConfig) -> str:
+    if config.kv_lora_rank is None or config.kv_lora_rank % TILE:
+        return ""
+    return f", {fp8_kv_bytes_per_token(config):,} in FP8"
 
 
 def _attention(config: ModelConfig) -> str:

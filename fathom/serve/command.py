@@ -32,7 +32,7 @@ def add_service(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-context", type=positive, help="longest prompt and answer together, in tokens (the model's)")
     add("--cache-memory", type=gigabytes, help="gigabytes for the KV cache (1.07)")
-    add("--kv-cache", choices=["fp8"], help="keep latents in FP8: about half the memory; the text changes slightly")
+    add("--kv-cache", choices=["fp8"], help="keep latents in FP8: three fifths of the memory, slightly other text")
     add("--max-running", type=positive, help="requests computed at once (256)")
     add("--queue", type=positive, help="requests that may wait; more get a 503 (1024)")
     add("--weights", choices=["int8", "fp8"], help="round weights for speed; the text changes slightly (as loaded)")

@@ -142,7 +142,7 @@ def estimate_rows(recipe: PretrainRecipe) -> list[tuple[str, str]]:
                 "optimizer": memory.optimizer,
                 "average": memory.average,
                 "checkpoint copy": memory.checkpoint_copy,
-                "activations (rough)": memory.activations,
+                "activations (rough)" if use_compiler(recipe.train) else "activations of layers": memory.activations,
                 "PyTorch itself": memory.program,
             }
         ),
