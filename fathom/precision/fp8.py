@@ -13,7 +13,7 @@ layer inside the network (embedding, head, router, norms, attention itself) does
 
 Neighbours share one quantisation: layers that are given the same tensor keep the same codes.
 
-A tile that holds no number is counted (`FP8.bad_tiles`), poisons what it meets, and the step is skipped by the trainer.
+A tile that holds no number is counted (`FP8.take_bad_tiles`) and poisons what it meets; the trainer skips the step.
 
 On a CPU the kernels of `fathom/kernels/tiles.h` do this, on a GPU those of `fathom/precision/kernels` (which have not
 met one yet), elsewhere or without a compiler PyTorch.
@@ -44,9 +44,13 @@ class FP8:
         """`gradient_blocks` rounds gradients of activations in 128×128 blocks first, which the paper found to diverge
         (App. B.2)."""
         self.gradient_blocks = gradient_blocks
-        self.bad_tiles = 0
-        """Tiles without a number since somebody set this to 0."""
+        self._bad: int | Tensor = 0
         self._recent: tuple[weakref.ref[Tensor], int, bool, Tiles] | None = None
+
+    def take_bad_tiles(self) -> int:
+        """How many tiles held no number since this was asked last; only now does a device have to say."""
+        found, self._bad = int(self._bad), 0
+        return found
 
     def linear(
         self, x: Tensor, weight: Tensor, *, power_of_two: bool = False, behind_attention: bool = False
@@ -141,9 +145,9 @@ class FP8:
         blocks = self._counted(*plain.counted(quantise_blocks(dy, power_of_two=True)))
         return dequantize_blocks(*blocks, dtype=dy.dtype)
 
-    def _counted(self, tiles: Tiles, bad: int) -> Tiles:
+    def _counted(self, tiles: Tiles, bad: int | Tensor) -> Tiles:
         if not recompute.making_again():  # counted when they were made first
-            self.bad_tiles += bad
+            self._bad = self._bad + bad
         return tiles
 
 
@@ -234,4 +238,4 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
 
 
 def _one_group(rows: Tensor) -> Tensor:
-    return torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
+    return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)

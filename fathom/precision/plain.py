@@ -12,12 +12,12 @@ from fathom.precision import e5m6
 from fathom.precision.tiles import TILE, Tiles, dequantise_rows, quantise_blocks, quantise_columns, quantise_rows
 
 
-def tile_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tiles, int]:
+def tile_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_rows`."""
     return counted(quantise_rows(x, power_of_two=power_of_two))
 
 
-def tile_columns(x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of_two: bool) -> tuple[Tiles, int]:
+def tile_columns(x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of_two: bool) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_columns`."""
     wide = dequantise_rows(x) if isinstance(x, Tiles) else x
     wide = wide if at is None else wide[at]
@@ -25,7 +25,7 @@ def tile_columns(x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of
     return counted(Tiles(_cat_codes(codes), torch.cat(scales)))
 
 
-def tile_blocks(w: Tensor) -> tuple[Tiles, int]:
+def tile_blocks(w: Tensor) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_blocks`."""
     codes, scales = zip(*map(quantise_blocks, w), strict=True)
     return counted(Tiles(_cat_codes(codes).view_as(w), torch.stack(scales)))
@@ -36,10 +36,10 @@ def untile_rows(x: Tiles) -> Tensor:
     return dequantise_rows(x).to(torch.bfloat16)
 
 
-def pack12(x: Tensor) -> tuple[Tensor, Tensor, int]:
+def pack12(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `fathom.kernels.tiles.pack12`."""
     packed, scales = e5m6.pack_e5m6(x)
-    return packed, scales, int(scales.isnan().sum())
+    return packed, scales, scales.isnan().sum()
 
 
 def unpack12(packed: Tensor, scales: Tensor, width: int) -> Tensor:
@@ -79,9 +79,9 @@ def parts(ends: Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
 
-def counted(tiles: Tiles) -> tuple[Tiles, int]:
+def counted(tiles: Tiles) -> tuple[Tiles, Tensor]:
     """With the number of tiles that hold no number."""
-    return tiles, int(tiles.scales.isnan().sum())
+    return tiles, tiles.scales.isnan().sum()
 
 
 def _cat_codes(codes: tuple[Tensor, ...]) -> Tensor:

@@ -41,11 +41,8 @@ def set_precision(
 
 
 def take_bad_tiles(fp8: FP8 | None) -> int:
-    """FP8 tiles without a number since this was asked last."""
-    if fp8 is None:
-        return 0
-    found, fp8.bad_tiles = fp8.bad_tiles, 0
-    return found
+    """FP8 tiles without a number since this was asked last; 0 where nothing is in FP8."""
+    return 0 if fp8 is None else fp8.take_bad_tiles()
 
 
 def fp8_notice(fp8: FP8 | None) -> str | None:

@@ -17,18 +17,18 @@ __all__ = [
 ]  # fmt: skip
 
 
-def tile_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tiles, int]:
+def tile_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_rows`."""
     return counted(quantise.quantise_rows(x, power_of_two=power_of_two))
 
 
-def tile_columns(x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of_two: bool) -> tuple[Tiles, int]:
+def tile_columns(x: Tensor | Tiles, at: Tensor | None, ends: Tensor, *, power_of_two: bool) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_columns`."""
     wide = dequantise_rows(x) if isinstance(x, Tiles) else x
     return counted(quantise.quantise_columns(wide, at, ends, power_of_two=power_of_two))
 
 
-def tile_blocks(w: Tensor) -> tuple[Tiles, int]:
+def tile_blocks(w: Tensor) -> tuple[Tiles, Tensor]:
     """As `fathom.kernels.tiles.tile_blocks`."""
     return counted(quantise.quantise_blocks(w))
 
