@@ -17,6 +17,7 @@ from fathom.model.transformer import Transformer
 from fathom.precision import recompute
 from fathom.precision.fp8 import FP8
 from fathom.precision.recompute import Recompute
+from fathom.precision.tiles import Tiles
 from fathom.train.objective import pretrain_loss
 from tests.model.configs import FAMILIES, V3, build
 from tests.precision.rounded import blocks, columns, distance, drawn, rows
@@ -85,6 +86,25 @@ def test_near_bfloat16_and_not_equal(config: ModelConfig) -> None:
         if exact.ndim == 2 and exact.norm() > 0 and not name.endswith("gate.weight"):
             assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.75, name
     assert fp8.take_bad_tiles() == 0
+
+
+def test_all_that_reads_what_enters_a_mixture_reads_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routed and shared experts share one tiling with scales that are powers of two; a dense layer's are free."""
+    model, _ = in_fp8(V3)
+    tiled: list[bool] = []
+    rows_of = FP8._rows_of
+
+    def listening(self: FP8, of: Tensor, power_of_two: bool) -> Tiles:
+        tiled.append(power_of_two)
+        return rows_of(self, of, power_of_two)
+
+    monkeypatch.setattr(FP8, "_rows_of", listening)
+    mixture, dense = model.model.layers[1].mlp, model.model.layers[0].mlp
+    x = drawn(1, 7, V3.hidden_size)
+    mixture(x)
+    assert tiled == [True]
+    dense(x)
+    assert tiled == [True, False]
 
 
 @pytest.mark.parametrize("gradient_blocks", [False, True])
