@@ -1,7 +1,8 @@
 """FP8 tiles on a CPU: making them, and the three products of training with them (`tiles.h`).
 
 Definitions are those of `fathom.precision.tiles` and `fathom.precision.products`; every function that makes tiles
-returns how many of them hold no number.
+returns how many of them hold no number. What is read back below bfloat16's least normal number may be zero here: the
+processor's conversion does not know smaller ones.
 """
 
 import torch

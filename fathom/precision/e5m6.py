@@ -22,8 +22,8 @@ _STEP = 2.0**-20
 
 def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K], float32 or bfloat16 -> (uint8 [M, K + ⌈K/2⌉], float32 scales [M, ⌈K/128⌉])."""
-    rows, width = x.shape
-    tiles = torch.nn.functional.pad(x.float(), (0, -width % TILE)).view(rows, -1, TILE)
+    width = x.shape[1]
+    tiles = torch.nn.functional.pad(x.float(), (0, -width % TILE)).unflatten(1, (-1, TILE))
     scales = tile_scales(tiles.abs().amax(dim=-1), largest_code=E5M6_MAX, power_of_two=True)
     codes = _encode((tiles / scales[..., None]).nan_to_num(nan=0.0)).flatten(1)[:, :width]
     pairs = torch.nn.functional.pad(codes, (0, width % 2)).unflatten(1, (-1, 2)) & 15

@@ -71,7 +71,10 @@ class FP8:
 
     @torch.no_grad()
     def tiles_of(self, x: Tensor, *, power_of_two: bool) -> Tiles:
-        """`rows` of an activation [..., K]; the last one's tiles are remembered, for layers that share their input."""
+        """`rows` of an activation [..., K]; the last one's tiles are remembered, for layers that share their input.
+
+        What changes without autograd's knowledge (`x.data`, a NumPy view) keeps its old tiles.
+        """
         if self._recent is not None:
             known, version, scaling, tiles = self._recent
             if known() is x and version == x._version and scaling == power_of_two:
@@ -114,12 +117,21 @@ class FP8:
     def product(self, x: Tiles, at: Tensor | None, ends: Tensor, weight: Tiles, *, columns: bool = False) -> Tensor:
         """The rows x[at] of each group times their matrix in blocks [E, N, K]: [M, N], or back to [M, K] if `columns`.
 
-        In bfloat16; rows behind the last group are undefined.
+        In bfloat16; rows behind the last group are undefined. Raises `ValueError` for factors of different widths.
         """
+        _, N, K = weight.codes.shape
+        if x.codes.shape[1] != (N if columns else K):
+            side = "rows" if columns else "columns"
+            raise ValueError(f"{list(x.codes.shape)} does not fit the {side} of a weight {list(weight.codes.shape)}")
         return _backend(x.scales, *weight.codes.shape[1:]).grouped(x, at, ends, weight, columns=columns)
 
     def weight_gradient(self, dy: Tiles, x: Tiles, ends: Tensor) -> Tensor:
-        """Sums over each group's rows of dy[m]ᵀ x[m], both in tiles of columns: [E, N, K] float32."""
+        """Sums over each group's rows of dy[m]ᵀ x[m], both in tiles of columns: [E, N, K] float32.
+
+        Raises `ValueError` where they have not as many rows.
+        """
+        if len(dy.codes) != len(x.codes):
+            raise ValueError(f"gradients {list(dy.codes.shape)} and inputs {list(x.codes.shape)} differ in rows")
         return _backend(x.scales, dy.codes.shape[1], x.codes.shape[1]).weight_gradient(dy, x, ends)
 
     def values(self, x: Tiles) -> Tensor:

@@ -43,13 +43,16 @@ def scaled_product(
             that do not change along K.
 
     Raises:
-        ValueError: if shapes do not fit together, or scales change where there is no promotion.
+        ValueError: if shapes do not fit together, `promote_every` is no multiple of 128, or scales change where there
+            is no promotion.
     """
     width = a.codes.shape[1]
     w_scales = rows_of_blocks(w)
-    if w.codes.shape[1] != width or a.scales.shape[1] != w_scales.shape[1]:
+    if w.codes.shape[1] != width or a.scales.shape[1] != w_scales.shape[1] or len(w_scales) != len(w.codes):
         raise ValueError(f"scaled_product: shapes do not fit: {_shapes(a)} and {_shapes(w)}")
-    step = width if promote_every is None else promote_every
+    step = max(width, 1) if promote_every is None else promote_every
+    if promote_every is not None and (step < TILE or step % TILE):
+        raise ValueError(f"scaled_product: promote_every is {step}, which is no multiple of {TILE}")
     if step > TILE and not (_constant(a.scales) and _constant(w_scales)):
         raise ValueError(f"scaled_product: scales change along K, which sums of {step} numbers cannot heed")
     left, right = a.codes.double(), w.codes.double()
@@ -101,7 +104,7 @@ _INNER = {"exact": _exact, "hopper": _hopper}
 
 
 def _constant(scales: Tensor) -> bool:
-    return bool((scales == scales[:, :1]).all())
+    return bool(((scales == scales[:, :1]) | (scales.isnan() & scales[:, :1].isnan())).all())
 
 
 def _shapes(factor: Tiles) -> str:

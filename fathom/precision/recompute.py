@@ -8,6 +8,7 @@ the result lives until the last one that will ask has had it.
 This is the model's own forward code once more, on the same numbers: gradients are the same to the bit.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -17,29 +18,37 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_active: list["Recompute"] = []
+
+class _OfThread(threading.local):
+    """Of the calling thread, as autograd's hooks are: two that train do not hear each other."""
+
+    def __init__(self) -> None:
+        self.active: list[Recompute] = []
+        self.running = 0
+        """How many instructions are being followed."""
+
+
+_here = _OfThread()
 
 
 def made(outputs: Tensor | Sequence[Tensor], function: Callable[..., Any], *inputs: Any) -> None:
     """Say that `function(*inputs)` gives `outputs` again, in memory laid out alike. Nothing where no one listens."""
-    if _active:
-        _active[-1].learn((outputs,) if isinstance(outputs, Tensor) else outputs, function, inputs)
+    if _here.active:
+        _here.active[-1].learn((outputs,) if isinstance(outputs, Tensor) else outputs, function, inputs)
 
 
 def is_made(x: Tensor) -> bool:
     """Whether `x` will be made again, so that what is made of it may be too."""
-    return bool(_active) and _active[-1].knows(x)
+    return bool(_here.active) and _here.active[-1].knows(x)
 
 
 def making_again() -> bool:
     """Whether what runs now is a part of the forward pass run once more."""
-    return _Instructions.running > 0
+    return _here.running > 0
 
 
 class _Instructions:
     """How to make some tensors again, and how often that will be asked."""
-
-    running = 0
 
     def __init__(self, function: Callable[..., Any], inputs: list[Any]) -> None:
         self.function, self.inputs = function, inputs
@@ -49,12 +58,12 @@ class _Instructions:
 
     def result(self, index: int) -> Tensor:
         if self._results is None:
-            _Instructions.running += 1
+            _here.running += 1
             try:
                 with torch.no_grad():
                     results = self.function(*(x() if isinstance(x, _Kept) else x for x in self.inputs))
             finally:
-                _Instructions.running -= 1
+                _here.running -= 1
             self._results = (results,) if isinstance(results, Tensor) else tuple(results)
             self._left = self.expected
         found = self._results[index]
@@ -69,12 +78,12 @@ class _Kept:
 
     def __init__(self, tensor: Tensor | None, origin: tuple[_Instructions, int] | None, view: tuple[Any, ...]) -> None:
         self._tensor, self._origin, self._view = tensor, origin, view
-        self._version = 0 if tensor is None or tensor.is_inference() else tensor._version
+        self._version = 0 if tensor is None else _version(tensor)
 
     def __call__(self) -> Tensor:
         if self._origin is None:
             assert self._tensor is not None
-            if self._tensor._version != self._version:  # autograd leaves this check to whoever keeps tensors for it
+            if _version(self._tensor) != self._version:  # autograd leaves this check to whoever keeps tensors for it
                 raise RuntimeError("a tensor that the backward pass needs was changed in place since the forward pass")
             return self._tensor
         instructions, index = self._origin
@@ -91,16 +100,16 @@ class Recompute(saved_tensors_hooks):
         super().__init__(self._pack, lambda kept: kept())
         self._on_keep = on_keep
         # A storage that is known here keeps its address until it is forgotten, so that no other can be taken for it.
-        self._known: dict[int, tuple[StorageWeakRef, _Instructions, int]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, _Instructions, int, int]] = {}
 
     def __enter__(self) -> None:
         super().__enter__()
-        _active.append(self)
+        _here.active.append(self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _active.remove(self)
+        _here.active.remove(self)
         self._known.clear()
         super().__exit__(kind, error, trace)
 
@@ -114,7 +123,7 @@ class Recompute(saved_tensors_hooks):
         instructions = _Instructions(function, kept)
         for index, output in enumerate(outputs):
             storage = output.untyped_storage()
-            self._known[storage._cdata] = (StorageWeakRef(storage), instructions, index)
+            self._known[storage._cdata] = (StorageWeakRef(storage), instructions, index, _version(output))
 
     def _pack(self, x: Tensor) -> _Kept:
         kept = self._reference(x)
@@ -124,8 +133,13 @@ class Recompute(saved_tensors_hooks):
 
     def _reference(self, x: Tensor) -> _Kept:
         found = self._known.get(x.untyped_storage()._cdata)
-        if found is None:
+        if found is None or found[3] != _version(x):  # what was changed since would be made as it was
             return _Kept(x.detach(), None, ())
-        _, instructions, index = found
+        _, instructions, index, _ = found
         instructions.expected += 1
         return _Kept(None, (instructions, index), (x.shape, x.stride(), x.storage_offset()))
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed in place; inference tensors do not count it."""
+    return 0 if x.is_inference() else x._version

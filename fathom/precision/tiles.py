@@ -7,6 +7,7 @@ number. With `power_of_two` it is rounded up to the next power of two, which mak
 * A tile of zeros has scale 1. A scale is never below 2⁻¹²⁶, the least normal float32: below, division would flush.
 * A tile that holds no number, or an infinite one, has scale NaN and codes of NaN: all of it is poisoned, and nothing
   else.
+* A number within a sixteenth of float32's largest may be rounded up to what reads back as infinite.
 * Where a side is no multiple of 128 the last tile is shorter.
 
 Codes lie as the matrix does, whatever its tiles.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import weakref
 
 import pytest
@@ -201,6 +202,34 @@ def test_what_was_changed_since_is_refused() -> None:
         y.sum().backward()
 
 
+def test_what_was_made_and_then_changed_is_kept() -> None:
+    """Instructions would make it as it was; the gradient is that of what was used."""
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with Recompute():
+        doubled = (x * 2).detach()
+        recompute.made(doubled, lambda of: of * 2, x)
+        doubled.add_(1)
+        (x * doubled).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.tensor([3.0, 5.0]))
+
+
+def test_threads_do_not_hear_each_other() -> None:
+    """What another thread makes while this one listens is not learnt here."""
+    x, found = torch.ones(2), []
+
+    def elsewhere() -> None:
+        recompute.made(x, torch.clone, x)
+        found.append(recompute.is_made(x))
+
+    with Recompute():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        found.append(recompute.is_made(x))
+    assert found == [False, False]
+
+
 def test_what_is_made_again_is_let_go() -> None:
     """Made once for two readers, and gone when both have had it."""
     x, made = torch.ones(4, requires_grad=True), []
@@ -215,7 +244,7 @@ def test_what_is_made_again_is_let_go() -> None:
         recompute.made(y, double, x)
         total = (y * y.detach()).sum() + y.square().sum()
         del y
-    total.backward()
+    total.backward(retain_graph=True)
     assert len(made) == 1
     assert made[0]() is None
 
@@ -246,7 +275,7 @@ def test_nothing_is_learnt_of_outside() -> None:
     """Without a listener nothing is remembered; what failed within leaves nothing behind."""
     with pytest.raises(RuntimeError, match="stop"), Recompute():
         raise RuntimeError("stop")
-    assert recompute._active == []
+    assert recompute._here.active == []
     assert not recompute.is_made(torch.ones(2))
 
 

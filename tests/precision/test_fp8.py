@@ -94,9 +94,10 @@ def test_swiglu_is_made_again_from_its_inputs_in_fp8() -> None:
 def test_no_rows_are_no_trouble() -> None:
     """Nothing goes in, nothing comes out, and the weight learns nothing."""
     w = drawn(20, 130, dtype=torch.float32).requires_grad_()
-    FP8().linear(drawn(0, 130), w).sum().backward()
-    assert w.grad is not None
-    assert (w.grad == 0).all()
+    for behind_attention in (False, True):
+        FP8().linear(drawn(0, 130), w, behind_attention=behind_attention).sum().backward()
+        assert w.grad is not None
+        assert (w.grad == 0).all()
 
 
 def test_layers_that_share_an_input_share_its_codes() -> None:
@@ -217,3 +218,22 @@ def test_a_used_policy_can_be_pickled() -> None:
     twin = pickle.loads(pickle.dumps(fp8))
     assert twin.gradient_blocks
     assert torch.equal(twin.tiles_of(x, power_of_two=False).scales, fp8.tiles_of(x, power_of_two=False).scales)
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    """An input of another width, or gradients of other rows, are no product, whoever would make it."""
+    fp8, ends = FP8(), torch.tensor([4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"\[4, 256\] does not fit the columns of a weight \[1, 128, 200\]"):
+        fp8.linear(drawn(4, 256), drawn(128, 200, dtype=torch.float32))
+    dy, x = fp8.columns(drawn(4, 128), None, ends), fp8.columns(drawn(5, 128), None, ends + 1)
+    with pytest.raises(ValueError, match="differ in rows"):
+        fp8.weight_gradient(dy, x, ends)
+
+
+@pytest.mark.usefixtures("how")
+def test_weights_learn_in_float32() -> None:
+    """The gradient of a weight is not rounded to bfloat16 on its way."""
+    w = drawn(64, 96, seed=1, dtype=torch.float32).requires_grad_()
+    FP8().linear(drawn(300, 96), w).backward(drawn(300, 64, seed=2))
+    assert w.grad is not None
+    assert (w.grad != w.grad.bfloat16().float()).float().mean() > 0.9

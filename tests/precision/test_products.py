@@ -190,3 +190,15 @@ def test_what_does_not_fit_is_refused() -> None:
         scaled_product(a, quantise_rows(drawn(3, 128)))
     with pytest.raises(ValueError, match="scales change along K"):
         scaled_product(a, w, promote_every=None)
+
+
+def test_promotion_in_the_middle_of_a_tile_is_refused() -> None:
+    """Its scale would be another's; blocks of the wrong number are named too, and tiles without a number pass."""
+    a, w = (quantise_rows(torch.randn(2, 256)) for _ in range(2))
+    with pytest.raises(ValueError, match="100, which is no multiple of 128"):
+        scaled_product(a, w, promote_every=100)
+    with pytest.raises(ValueError, match="do not fit"):
+        scaled_product(a, Tiles(torch.zeros(300, 256).to(torch.float8_e4m3fn), torch.ones(2, 2)))
+    lost = quantise_rows(torch.full((2, 256), torch.nan))
+    assert scaled_product(lost, lost, promote_every=None).isnan().all()
+    assert scaled_product(*[quantise_rows(torch.ones(2, 0))] * 2, promote_every=None).shape == (2, 2)
