@@ -130,16 +130,14 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up_M2I = fp8.values(gate_up).to(dy.dtype)
         hidden_MI, dgate_up_M2I, dweight_M = swiglu_backward(gate_up_M2I, weight_M, dhidden_MI)
         dgate_up_M2I = fp8.gradient(dgate_up_M2I)
-        back = fp8.rows(dgate_up_M2I, power_of_two=fp8.gradient_blocks)
-        dx_Md = fp8.product(back, None, ends_E, up_blocks, columns=True).to(dy.dtype)
+        dx_Md = fp8.product(fp8.gradient_rows(dgate_up_M2I), None, ends_E, up_blocks, columns=True).to(dy.dtype)
         ddown = dgate_up = None
         if ctx.needs_input_grad[6]:
             hidden, sent = fp8.columns(hidden_MI, None, ends_E), fp8.columns(dy_tiles, token_M, ends_E)
             ddown = fp8.weight_gradient(sent, hidden, ends_E).to(ctx.dtypes[1])
         if ctx.needs_input_grad[5]:
-            received = fp8.columns(x, token_M, ends_E)
-            back_columns = fp8.columns(dgate_up_M2I, None, ends_E, power_of_two=fp8.gradient_blocks)
-            dgate_up = fp8.weight_gradient(back_columns, received, ends_E).to(ctx.dtypes[0])
+            received, back = fp8.columns(x, token_M, ends_E), fp8.gradient_columns(dgate_up_M2I, ends_E)
+            dgate_up = fp8.weight_gradient(back, received, ends_E).to(ctx.dtypes[0])
         dweight_NK = dweight_M.index_select(0, position_NK.flatten()).view_as(position_NK)
         dx = sum_over_experts(dx_Md, position_NK)
         return dx, None, None, None, dweight_NK, dgate_up, ddown, None

@@ -148,14 +148,21 @@ class FP8:
         return _backend(scales).unpack12(packed, scales, width)
 
     def gradient(self, dy: Tensor) -> Tensor:
-        """A gradient of activations as rows [M, N], as it enters products: in tiles that `power_of_two` is
-        `gradient_blocks` of."""
+        """A gradient of activations as rows [M, N], as it enters products."""
         dy = dy.reshape(-1, dy.shape[-1])
         if not self.gradient_blocks:
             return dy
-        # Powers of two, here and in tiles made of it, which then round no number of one block a second time.
+        # Powers of two, here and in the tiles made of it below, which then round no number of one block a second time.
         blocks = self._counted(*plain.counted(quantise_blocks(dy, power_of_two=True)))
         return dequantize_blocks(*blocks, dtype=dy.dtype)
+
+    def gradient_rows(self, dy: Tensor) -> Tiles:
+        """What `gradient` gave in 1×128 tiles."""
+        return self.rows(dy, power_of_two=self.gradient_blocks)
+
+    def gradient_columns(self, dy: Tensor, ends: Tensor) -> Tiles:
+        """What `gradient` gave in 128×1 tiles of each group."""
+        return self.columns(dy, None, ends, power_of_two=self.gradient_blocks)
 
     def _counted(self, tiles: Tiles, bad: int | Tensor) -> Tiles:
         if not recompute.making_again():  # counted when they were made first
@@ -193,13 +200,13 @@ class _Linear(torch.autograd.Function):
         ends, (dtype, weight_dtype) = _one_group(rows), ctx.dtypes
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            tiles = fp8.rows(rows, power_of_two=fp8.gradient_blocks)
+            tiles = fp8.gradient_rows(rows)
             dx = fp8.product(tiles, None, ends, blocks, columns=True)
             dx = dx.to(dtype).view(*dy.shape[:-1], blocks.codes.shape[-1])
         if ctx.needs_input_grad[3]:
             kept = fp8.from_twelve_bits(x, scales, blocks.codes.shape[-1]) if ctx.twelve else Tiles(x, scales)
             x_tiles = fp8.columns(kept, None, ends, power_of_two=ctx.twelve)
-            dy_tiles = fp8.columns(rows, None, ends, power_of_two=fp8.gradient_blocks)
+            dy_tiles = fp8.gradient_columns(rows, ends)
             dweight = fp8.weight_gradient(dy_tiles, x_tiles, ends)[0].to(weight_dtype)
         return dx, None, None, dweight, None, None
 
@@ -222,12 +229,12 @@ class _GatedLinear(torch.autograd.Function):
         rows, blocks = fp8.gradient(dy), Tiles(*tensors[4:])
         gate, up = (fp8.values(Tiles(*pair)).to(dy.dtype) for pair in (tensors[:2], tensors[2:4]))
         ends = _one_group(rows)
-        dy_tiles = fp8.rows(rows, power_of_two=fp8.gradient_blocks)
+        dy_tiles = fp8.gradient_rows(rows)
         dhidden = fp8.product(dy_tiles, None, ends, blocks, columns=True).to(dy.dtype)
         dweight = None
         if ctx.needs_input_grad[2]:
             hidden = fp8.columns(gated(gate, up), None, ends)
-            dy_columns = fp8.columns(rows, None, ends, power_of_two=fp8.gradient_blocks)
+            dy_columns = fp8.gradient_columns(rows, ends)
             dweight = fp8.weight_gradient(dy_columns, hidden, ends)[0].to(ctx.weight_dtype)
         dgate, dup = (t.view(*dy.shape[:-1], gate.shape[1]) for t in gated_backward(dhidden, gate, up))
         return dgate, dup, dweight, None
