@@ -4,9 +4,8 @@
 
 `fp8` is recipes/fp8.toml at V3's learning rate, `bf16` the same in bfloat16, `fp8-blocks` with gradients of activations
 in blocks of 128 × 128, which the paper saw diverge (App. B.2). `bf16-halved` says what is noise: bfloat16 again, with
-micro-batches half as large, which changes nothing but the order of sums. At the recipe's own learning rate the model is
-near the edge of what it bears, and runs that differ in rounding alone come apart by more than FP8 costs: try
-`--optimizer.lr 1e-3`.
+micro-batches half as large, which changes nothing but the order of sums. At the recipe's own learning rate
+(`--optimizer.lr 1e-3`) runs that begin alike come apart further.
 
 Losses are smoothed by an exponential average over 100 steps; the gap is (loss − bf16's) / bf16's at the last step, and
 the largest in size behind the warm-up. Runs are written to `runs/fp8-gap-VARIANT`; with `--resume` those that are there
